@@ -1,0 +1,153 @@
+"""Where heads and FFN units live in each model family: one table, no subclasses.
+
+Letters: L layers, H query heads, G KV heads, q = H / G query heads per KV head, F FFN width,
+d hidden size, d_h head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the table: module names, config fields, and what the config class accepts.
+
+    `qkv` holds the names of the query, key and value projections, or one name where they are
+    fused into rows [q | k | v]; `gate_up` likewise the gate and up projections, or the single
+    first projection of a plain FFN. `transposed`: weights are (in, out), GPT-2's Conv1D.
+    """
+
+    model_type: str
+    layers: str = "model.layers"
+    attention: str = "self_attn"
+    ffn: str = "mlp"
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    o: str = "o_proj"
+    gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
+    down: str = "down_proj"
+    activation: str = "silu"
+    heads_field: str = "num_attention_heads"
+    width_field: str = "intermediate_size"
+    transposed: bool = False
+    fused: bool = False
+    no_heads: str | None = None
+    heads_divide_hidden: bool = False
+    twin: str | None = None
+
+    @property
+    def prunes_heads(self) -> bool:
+        """Whether removing heads from every layer leaves a stock, exact model."""
+        return self.no_heads is None
+
+    @property
+    def gated(self) -> bool:
+        """Whether the FFN is act(gate) * up, not act(first)."""
+        return self.fused or len(self.gate_up) == 2
+
+
+FAMILIES: dict[str, Family] = {
+    row.model_type: row
+    for row in (
+        Family("llama", heads_divide_hidden=True, twin="mistral"),
+        Family("mistral"),
+        Family("qwen2"),
+        Family("qwen3"),
+        Family("gemma2", activation="gelu_tanh", heads_divide_hidden=True),
+        Family("gemma3_text", activation="gelu_tanh", heads_divide_hidden=True),
+        Family("phi3", qkv=("qkv_proj",), gate_up=("gate_up_proj",), fused=True),
+        Family(
+            "olmo2",
+            no_heads="its q and k norms span all heads, so removing one changes the others",
+        ),
+        Family(
+            "gpt2",
+            layers="transformer.h",
+            attention="attn",
+            qkv=("c_attn",),
+            o="c_proj",
+            gate_up=("c_fc",),
+            down="c_proj",
+            activation="gelu_tanh",
+            heads_field="n_head",
+            width_field="n_inner",
+            transposed=True,
+            no_heads="its config has no head size, so the head count cannot change",
+        ),
+        Family(
+            "opt",
+            layers="model.decoder.layers",
+            ffn="",
+            o="out_proj",
+            gate_up=("fc1",),
+            down="fc2",
+            activation="relu",
+            width_field="ffn_dim",
+            no_heads="its config has no head size, so the head count cannot change",
+        ),
+    )
+}
+
+
+def family_of(config: Any) -> Family:
+    """The table row of a transformers config.
+
+    Raises:
+        ValueError: the family is not in the table, or a variant of it is not prunable.
+    """
+    model_type = getattr(config, "model_type", None)
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"model family {model_type!r} is not supported; expected one of "
+            f"{', '.join(sorted(FAMILIES))}"
+        )
+    scaling = getattr(config, "rope_parameters", None) or {}
+    if model_type == "phi3" and scaling.get("rope_type") == "longrope":
+        raise ValueError(
+            "Phi-3 with longrope (the 128k variants) is not supported: transformers derives its "
+            "rope table from hidden_size / heads; use a 4k variant"
+        )
+    return FAMILIES[model_type]
+
+
+def head_dim(config: Any) -> int:
+    """Size d_h of one head, whether the config names it or not."""
+    return int(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+
+
+def kv_heads(config: Any) -> int:
+    """KV heads G of a layer; equal to the query heads where the config does not tell."""
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
+def ffn_width(config: Any) -> int:
+    """FFN width F (GPT-2 leaves `n_inner` empty for 4 d)."""
+    width = getattr(config, family_of(config).width_field, None)
+    return int(width if width is not None else 4 * config.hidden_size)
+
+
+def get_submodule(module: nn.Module, path: str) -> nn.Module:
+    """`module.get_submodule(path)`, and the module itself for an empty path."""
+    return module.get_submodule(path) if path else module
+
+
+def layers_of(model: nn.Module) -> Sequence[nn.Module]:
+    """The L transformer blocks of a stock model, also inside a PEFT wrapper."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return list(get_submodule(base, family_of(base.config).layers).children())
+
+
+def attention_output(layer: nn.Module, family: Family) -> nn.Module:
+    """W_O of one block: its input is the concatenated heads, (..., H * d_h)."""
+    return layer.get_submodule(f"{family.attention}.{family.o}")
+
+
+def ffn_output(layer: nn.Module, family: Family) -> nn.Module:
+    """W_down of one block: its input is the FFN activation, (..., F)."""
+    return get_submodule(layer, family.ffn).get_submodule(family.down)
