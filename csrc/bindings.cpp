@@ -5,7 +5,9 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <exception>
 #include <string>
+#include <system_error>
 #include <vector>
 
 namespace py = pybind11;
@@ -15,15 +17,58 @@ int fold_columns(std::uintptr_t weight, std::int64_t rows, std::int64_t width, i
                  int threads, const std::string& isa);
 int gather_rows(std::uintptr_t weight, std::int64_t rows, std::int64_t row_bytes,
                 std::uintptr_t keep, std::int64_t kept, std::uintptr_t out, int threads);
+void stream_rows(int in_file, std::int64_t in_at, int out_file, std::int64_t out_at,
+                 std::int64_t rows, std::int64_t width, int dtype, std::uintptr_t keep_rows,
+                 std::int64_t kept_rows, std::uintptr_t row_scale, std::uintptr_t keep_columns,
+                 std::int64_t kept_columns, std::uintptr_t column_scale, std::uintptr_t scratch,
+                 std::int64_t block_rows, int threads, const std::string& isa);
 
 void least_s_prox(const std::vector<std::uintptr_t>& rows,
                   const std::vector<std::int64_t>& lengths, std::uintptr_t s,
                   std::int64_t s_stride, float shrink, std::uintptr_t sum_sq,
                   std::uintptr_t next_sq, int threads, const std::string& isa);
 
+namespace maskprune {
+void masked_swiglu_forward(std::uintptr_t gate, std::int64_t gate_stride, std::uintptr_t up,
+                           std::int64_t up_stride, std::uintptr_t mask, std::uintptr_t out,
+                           std::int64_t rows, std::int64_t columns, const std::string& dtype,
+                           const std::string& activation, const std::string& isa, int threads);
+void masked_swiglu_backward(std::uintptr_t grad, std::int64_t grad_stride, std::uintptr_t gate,
+                            std::int64_t gate_stride, std::uintptr_t up, std::int64_t up_stride,
+                            std::uintptr_t mask, std::uintptr_t dgate, std::uintptr_t dup,
+                            std::uintptr_t dmask, std::int64_t rows, std::int64_t columns,
+                            const std::string& dtype, const std::string& activation,
+                            const std::string& isa, int threads);
+void scale_heads_forward(std::uintptr_t x, std::int64_t x_stride, std::uintptr_t mask,
+                         std::uintptr_t out, std::int64_t rows, std::int64_t heads,
+                         std::int64_t head_size, const std::string& dtype, const std::string& isa,
+                         int threads);
+void scale_heads_backward(std::uintptr_t grad, std::int64_t grad_stride, std::uintptr_t x,
+                          std::int64_t x_stride, std::uintptr_t mask, std::uintptr_t dx,
+                          std::uintptr_t dmask, std::int64_t rows, std::int64_t heads,
+                          std::int64_t head_size, const std::string& dtype,
+                          const std::string& isa, int threads);
+}  // namespace maskprune
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled operations of maskprune; call them through maskprune.ops";
   m.def("fold_columns", &fold_columns, py::call_guard<py::gil_scoped_release>());
   m.def("gather_rows", &gather_rows, py::call_guard<py::gil_scoped_release>());
+  m.def("stream_rows", &stream_rows, py::call_guard<py::gil_scoped_release>());
+  py::register_exception_translator([](std::exception_ptr raised) {
+    try {
+      std::rethrow_exception(raised);
+    } catch (const std::system_error& error) {
+      PyErr_SetObject(PyExc_OSError, py::make_tuple(error.code().value(), error.what()).ptr());
+    }
+  });
   m.def("least_s_prox", &least_s_prox, py::call_guard<py::gil_scoped_release>());
+  m.def("masked_swiglu_forward", &maskprune::masked_swiglu_forward,
+        py::call_guard<py::gil_scoped_release>());
+  m.def("masked_swiglu_backward", &maskprune::masked_swiglu_backward,
+        py::call_guard<py::gil_scoped_release>());
+  m.def("scale_heads_forward", &maskprune::scale_heads_forward,
+        py::call_guard<py::gil_scoped_release>());
+  m.def("scale_heads_backward", &maskprune::scale_heads_backward,
+        py::call_guard<py::gil_scoped_release>());
 }
