@@ -1,0 +1,193 @@
+"""One step of MaskPrune's Algorithm 1 after the gradient step: clamp, prox, s, y, z, budget, lock.
+
+Letters: m masks, D units per row, r = s / D pruned fraction of a kind, a its share of the weights,
+R = 1 - sum of a r the resource, R* the budget, y and z dual variables, k the interval of FFN prox.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from maskprune.ops.backend import choose
+from maskprune.ops.least_s_prox import least_s_prox_
+
+# Where each scalar lives in the float32 state vector on the device.
+FIELDS = (
+    "step",
+    "y",
+    "z",
+    "R",
+    "locked",
+    "failed",
+    "r_head",
+    "r_ffn",
+    "s_head",
+    "s_ffn",
+    "S",
+    "next_head",
+    "next_ffn",
+    "interval",
+    "shrink",
+    "locked_at",
+)
+INDEX = {name: i for i, name in enumerate(FIELDS)}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Constants of one run.
+
+    a_head, a_ffn: shares of the attention and FFN weights that each kind can free.
+    R_star: the budget in (0, 1).
+    total_steps: T.
+    eta1, eta1_end: decay rate at step 0 and T, geometric between; a prox call divides by 1 + 2
+    eta1 y. eta2: step of r. eta3: step of y, per unit of S. eta4: step of z / y, per unit of
+    relative excess (R - R*) / (1 - R*).
+    reach: share of T over which R goes from 1 to R*; no step frees more than its part of it.
+    interval: k of the first step; falls linearly to 1.
+    lock_gap: the relative excess at which the shape snaps to a legal one and locks.
+    scheduled: R falls linearly over `reach`, with equal fractions r, instead of following z.
+    """
+
+    a_head: float
+    a_ffn: float
+    R_star: float
+    total_steps: int
+    eta1: float
+    eta1_end: float
+    eta2: float
+    eta3: float
+    eta4: float
+    reach: float
+    interval: int
+    lock_gap: float
+    scheduled: bool = False
+
+
+def initial_state(y0: float, z0: float, device: torch.device | str = "cpu") -> torch.Tensor:
+    """(len(FIELDS),) float32: dense, unlocked, at step 0."""
+    state = torch.zeros(len(FIELDS), dtype=torch.float32, device=device)
+    state[INDEX["y"]], state[INDEX["z"]], state[INDEX["R"]] = y0, z0, 1.0
+    state[INDEX["shrink"]], state[INDEX["locked_at"]] = 1.0, -1.0
+    return state
+
+
+def minimax_step_(
+    head: torch.Tensor,
+    ffn: torch.Tensor,
+    state: torch.Tensor,
+    table: torch.Tensor,
+    rates: Rates,
+    *,
+    backend: str = "auto",
+) -> None:
+    """One step of Algorithm 1 on both kinds of mask, in place, without a host synchronisation.
+
+    In order: clamp m to [0, 1]; shrink the ceil(s) smallest of each row (FFN rows every k-th
+    step); r_q += eta2 (z - y mean m^2_next), both scaled down alike where they would free more
+    than a step's part of the ramp; pull R back to R* if it fell below; snap to the nearest legal
+    split and lock once R is within `lock_gap`; y += eta3 S; z += eta4 y max(e, 1/2) with e = (R -
+    R*) / (1 - R*), eta4 y e once locked. z starts at the price y m^2_next of the cheapest unit.
+    Masks with a NaN set `failed` and leave everything else as it was.
+
+    Args:
+        head: (rows, D_head) float32, may be empty.
+        ffn: (rows, D_ffn) float32.
+        state: (len(FIELDS),) float32, updated in place.
+        table: (K, 2) float32, the legal splits as pruned units per row, each with R <= R*.
+        rates: constants of the run.
+
+    Source: MaskPrune (arXiv 2502.14008), Algorithm 1, in the normalised form of docs/method.md.
+    """
+    reference(head, ffn, state, table, rates, backend=choose("minimax_step_", backend, ffn))
+
+
+@torch.no_grad()
+def reference(
+    head: torch.Tensor,
+    ffn: torch.Tensor,
+    state: torch.Tensor,
+    table: torch.Tensor,
+    rates: Rates,
+    backend: str = "reference",
+) -> None:
+    """The definition in plain torch; decisions are `torch.where`, never a branch on a value."""
+    v = dict(zip(FIELDS, state.clone().unbind(), strict=True))
+    one, zero = torch.ones_like(v["y"]), torch.zeros_like(v["y"])
+    T, R_star = rates.total_steps, rates.R_star
+    failed = torch.isnan(head).any() | torch.isnan(ffn).any() | (v["failed"] > 0)
+    locked = v["locked"] > 0
+    progress = v["step"] / T
+    eta1 = rates.eta1 * torch.exp(math.log(rates.eta1_end / rates.eta1) * progress)
+    shrink = 1.0 / (1.0 + 2.0 * eta1 * v["y"])
+    k = (rates.interval + (1 - rates.interval) * progress).round().clamp(min=1.0)
+    ffn_due = torch.remainder(v["step"], k) == 0
+
+    kinds = (
+        ("head", head, rates.a_head, shrink),
+        ("ffn", ffn, rates.a_ffn, torch.where(ffn_due, shrink, one)),
+    )
+    S, r, cheapest = zero, {"head": zero, "ffn": zero}, torch.full_like(zero, math.inf)
+    for name, m, a, factor in kinds:
+        if not m.numel():
+            continue
+        shrunk = m.clamp(0.0, 1.0)
+        least = least_s_prox_(shrunk, v[f"s_{name}"], factor, backend=backend)
+        m.copy_(torch.where(failed, m, shrunk))
+        S = S + a * least.sum_sq.mean() / m.shape[1]
+        v[f"next_{name}"] = least.next_sq.mean()
+        cheapest = torch.minimum(cheapest, v[f"next_{name}"])
+    v["z"] = torch.where(v["step"] == 0, v["y"] * cheapest, v["z"])
+
+    part = 1.25 * (1.0 - R_star) / (rates.reach * T)
+    if rates.scheduled:
+        freed = (v["step"] + 1.0) / (rates.reach * T) * (1.0 - R_star)
+        for name, m, _, _ in kinds:
+            if m.numel():
+                r[name] = freed / (rates.a_head + rates.a_ffn)
+    else:
+        wish = {
+            name: rates.eta2 * (v["z"] - v["y"] * v[f"next_{name}"]) if m.numel() else zero
+            for name, m, _, _ in kinds
+        }
+        freed = rates.a_head * wish["head"] + rates.a_ffn * wish["ffn"]
+        slow = torch.where(freed > part, part / freed, one)
+        r = {name: v[f"r_{name}"] + slow * wish[name] for name in wish}
+    for name, m, _, _ in kinds:
+        if m.numel():
+            r[name] = r[name].clamp(0.0, 1.0 - 1.0 / m.shape[1])
+
+    # Pull back by a common factor: it keeps the split that was learned and stays in the box.
+    freed = rates.a_head * r["head"] + rates.a_ffn * r["ffn"]
+    back = torch.where(freed > 1.0 - R_star, (1.0 - R_star) / freed, one)
+    r = {name: value * back for name, value in r.items()}
+    R = 1.0 - rates.a_head * r["head"] - rates.a_ffn * r["ffn"]
+
+    reached = (R - R_star) <= rates.lock_gap * (1.0 - R_star)
+    D_head, D_ffn = max(1, head.shape[1]), ffn.shape[1]
+    legal_head, legal_ffn = table[:, 0] / D_head, table[:, 1] / D_ffn
+    away = rates.a_head * (legal_head - r["head"]).abs() + rates.a_ffn * (legal_ffn - r["ffn"]).abs()
+    nearest = away.argmin()
+    locking = reached & ~locked
+    for name, legal, D in (("head", legal_head, D_head), ("ffn", legal_ffn, D_ffn)):
+        free = torch.where(locking, legal[nearest], r[name])
+        v[f"r_{name}"] = torch.where(locked, v[f"r_{name}"], free)
+        units = torch.where(locking, table[nearest, 0 if name == "head" else 1], free * D)
+        v[f"s_{name}"] = torch.where(locked, v[f"s_{name}"], units)
+    v["R"] = 1.0 - rates.a_head * v["r_head"] - rates.a_ffn * v["r_ffn"]
+    v["locked_at"] = torch.where(locking, v["step"], v["locked_at"])
+    v["locked"] = torch.where(locking, one, v["locked"])
+
+    v["y"] = v["y"] + rates.eta3 * S
+    excess = (v["R"] - R_star) / (1.0 - R_star)
+    # The floor ends the ramp in a bounded time: the excess alone approaches 0 ever more slowly.
+    excess = torch.where(v["locked"] > 0, excess, excess.clamp(min=0.5))
+    v["z"] = (v["z"] + rates.eta4 * v["y"] * excess).clamp(min=0.0)
+    v["S"], v["interval"], v["shrink"] = S, k, shrink
+    v["step"] = v["step"] + 1.0
+    new = torch.stack([v[name] for name in FIELDS])
+    state.copy_(torch.where(failed, state, new))
+    state[INDEX["failed"]] = failed.to(state.dtype)

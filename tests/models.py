@@ -1,0 +1,73 @@
+"""Tiny random models of every family, for tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from maskprune.masks import Masks
+
+VOCAB = 64
+
+
+def tiny_config(family: str, **changes: Any) -> Any:
+    """A config of `family`: 2 layers, hidden 32, 4 heads of 8 in 2 groups, FFN 24."""
+    from transformers import CONFIG_MAPPING
+
+    common: dict[str, Any] = dict(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    if family == "gpt2":
+        common |= dict(n_inner=24, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
+            common.pop(name)
+        common.pop("max_position_embeddings")
+    elif family == "opt":
+        common |= dict(ffn_dim=24, word_embed_proj_dim=32)
+    else:
+        common |= dict(intermediate_size=24, num_key_value_heads=2)
+    if family in ("llama", "mistral", "qwen3", "gemma2", "gemma3_text"):
+        common["head_dim"] = 8
+    if family in ("gemma2", "gemma3_text"):
+        common |= dict(query_pre_attn_scalar=8, sliding_window=16)
+    return CONFIG_MAPPING[family](**(common | changes))
+
+
+def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A random model of `family` whose biases and norms are random too, so that none hides a bug."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes), dtype=torch.float32)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() == 1:
+                p.copy_(torch.randn_like(p) * 0.1 + ("norm" in name or "ln_" in name))
+            else:
+                p.mul_(5.0)
+    return model.to(dtype).eval()
+
+
+def randomise(masks: Masks, head: int, ffn: int, seed: int = 0) -> Masks:
+    """Set random values and prune `head` and `ffn` random units of every row."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for m, n in ((masks.head, head), (masks.ffn, ffn)):
+            if not m.numel():
+                continue
+            m.copy_((torch.rand(m.shape, generator=g) * 0.9 + 0.1).to(m.device))
+            gone = torch.rand(m.shape, generator=g).argsort(dim=1)[:, :n]
+            m.scatter_(1, gone.to(m.device), 0.0)
+    return masks
+
+
+def tokens(batch: int = 2, length: int = 20, seed: int = 0) -> torch.Tensor:
+    """Random token ids (batch, length)."""
+    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
