@@ -1,5 +1,16 @@
 """Operations with a plain-torch definition and faster backends; knows nothing of transformers."""
 
 from maskprune.ops.fold import fold_columns, gather_rows
+from maskprune.ops.least_s_prox import LeastS, foreach_least_s_prox_, least_s_prox_
+from maskprune.ops.masked_swiglu import masked_swiglu
+from maskprune.ops.scale_heads import scale_heads
 
-__all__ = ["fold_columns", "gather_rows"]
+__all__ = [
+    "LeastS",
+    "fold_columns",
+    "foreach_least_s_prox_",
+    "gather_rows",
+    "least_s_prox_",
+    "masked_swiglu",
+    "scale_heads",
+]

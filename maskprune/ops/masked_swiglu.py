@@ -164,7 +164,8 @@ def _forward(
         case "triton":
             from maskprune.kernels.masked_swiglu import forward
 
-            return forward(gate, up, mask, activation)
+            g, u = (as_rows(x, mask.numel()) for x in (gate, up))
+            return forward(g, u, mask.contiguous(), activation).view(gate.shape)
     return reference(gate, up, mask, activation).contiguous()
 
 
@@ -182,7 +183,9 @@ def _backward(
         case "triton":
             from maskprune.kernels.masked_swiglu import backward
 
-            return backward(dout, gate, up, mask, activation)
+            d, g, u = (as_rows(x, mask.numel()) for x in (dout, gate, up))
+            dgate, dup, dmask = backward(d, g, u, mask.contiguous(), activation)
+            return dgate.view(gate.shape), dup.view(up.shape), dmask
     dgate, dup, dmask = reference_backward(dout, gate, up, mask, activation)
     return dgate.contiguous(), dup.contiguous(), dmask
 

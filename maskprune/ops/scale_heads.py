@@ -123,7 +123,7 @@ def _forward(x: torch.Tensor, mask: torch.Tensor, backend: str) -> torch.Tensor:
         case "triton":
             from maskprune.kernels.scale_heads import forward
 
-            return forward(x, mask)
+            return forward(as_rows(x, x.shape[-1]), mask.contiguous()).view(x.shape)
     return reference(x, mask).contiguous()
 
 
@@ -136,7 +136,9 @@ def _backward(
         case "triton":
             from maskprune.kernels.scale_heads import backward
 
-            return backward(dout, x, mask)
+            d, rows = as_rows(dout, x.shape[-1]), as_rows(x, x.shape[-1])
+            dx, dmask = backward(d, rows, mask.contiguous())
+            return dx.view(x.shape), dmask
     dx, dmask = reference_backward(dout, x, mask)
     return dx.contiguous(), dmask
 
