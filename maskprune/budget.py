@@ -135,9 +135,7 @@ class Budget:
             heads = kv_heads * (self.shape.heads // self.shape.kv_heads)
         elif self.head_units:
             heads = kv_heads * (self.head_units - split.head)
-        return replace(
-            self.shape, heads=heads, kv_heads=kv_heads, ffn=self.ffn_units - split.ffn
-        )
+        return replace(self.shape, heads=heads, kv_heads=kv_heads, ffn=self.ffn_units - split.ffn)
 
     def _head_choices(self) -> list[int]:
         """Legal numbers of pruned head units, fewest first."""

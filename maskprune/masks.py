@@ -136,7 +136,7 @@ def load_masks(path: str | Path) -> Masks:
     try:
         with safe_open(path, framework="pt") as file:
             meta = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error})") from None
     if meta.get("format") != "maskprune-masks" or set(tensors) != {"head", "ffn"}:
@@ -194,7 +194,8 @@ def attach_masks(
         raise RuntimeError("the model has masks already; call their detach() first")
     device = next(base.parameters()).device
     if masks is None:
-        masks = Masks(shape, head_unit, family.model_type, getattr(base.config, "_name_or_path", ""))
+        source = getattr(base.config, "_name_or_path", "")
+        masks = Masks(shape, head_unit, family.model_type, source)
     elif masks.shape != shape or masks.family != family.model_type:
         raise ValueError(
             f"the masks are of a {masks.family} with {masks.shape}; the model is a "

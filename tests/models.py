@@ -42,17 +42,19 @@ def tiny_config(family: str, **changes: Any) -> Any:
     return CONFIG_MAPPING[family](**(common | changes))
 
 
-def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+def tiny_model(
+    family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
+) -> Any:
     """A random model of `family` whose biases and norms are random too, so that none hides a bug."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes), dtype=dtype)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() == 1:
                 p.copy_(torch.randn_like(p) * 0.1 + ("norm" in name or "ln_" in name))
             else:
                 p.mul_(5.0)
-    return model.to(dtype).eval()
+    return model.eval()
 
 
 def randomise(masks: Masks, head: int, ffn: int, seed: int = 0) -> Masks:

@@ -30,7 +30,7 @@ def unavailable(backend: str, device: torch.device) -> str | None:
     """Why `backend` cannot serve tensors on `device`, with what to do; None if it can."""
     if backend == "cpp":
         if device.type != "cpu":
-            return f"the C++ backend serves CPU tensors, these are on {device}; use backend='triton'"
+            return f"the C++ backend serves CPU tensors, not {device}; use backend='triton'"
         if extension() is None:
             return f"the C++ extension is not built; build it with: {BUILD_COMMAND}"
     if backend == "triton":

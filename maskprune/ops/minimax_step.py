@@ -169,8 +169,8 @@ def reference(
     reached = (R - R_star) <= rates.lock_gap * (1.0 - R_star)
     D_head, D_ffn = max(1, head.shape[1]), ffn.shape[1]
     legal_head, legal_ffn = table[:, 0] / D_head, table[:, 1] / D_ffn
-    away = rates.a_head * (legal_head - r["head"]).abs() + rates.a_ffn * (legal_ffn - r["ffn"]).abs()
-    nearest = away.argmin()
+    head_away, ffn_away = (legal_head - r["head"]).abs(), (legal_ffn - r["ffn"]).abs()
+    nearest = (rates.a_head * head_away + rates.a_ffn * ffn_away).argmin()
     locking = reached & ~locked
     for name, legal, D in (("head", legal_head, D_head), ("ffn", legal_ffn, D_ffn)):
         free = torch.where(locking, legal[nearest], r[name])

@@ -1,0 +1,194 @@
+"""Masked logits equal exported-and-reloaded logits, for every family and head unit."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from models import randomise, tiny_model, tokens
+from transformers import AutoModelForCausalLM
+
+from maskprune.export import compare_logits, export, final_shape, save_stock
+from maskprune.families import FAMILIES
+from maskprune.masks import attach_masks, load_masks
+
+# Share of the largest logit that rounding may move.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+
+WITH_HEADS = [name for name, family in FAMILIES.items() if family.prunes_heads]
+
+
+def masked(family, head_unit="kv_group", dtype=torch.float32, head=1, ffn=8, **changes):
+    model = tiny_model(family, dtype=dtype, **changes)
+    masks = randomise(attach_masks(model, head_unit, fused=False), head, ffn)
+    return model, masks
+
+
+def reloaded(small, folder):
+    save_stock(small, folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=small.dtype).eval()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("head_unit", ["kv_group", "query_head"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_masked_logits_equal_those_of_the_exported_and_reloaded_model(
+    family, head_unit, dtype, tmp_path
+):
+    model, masks = masked(family, head_unit, dtype)
+    again = reloaded(export(model, masks), tmp_path / "out")
+    difference = compare_logits(model, again, tokens())
+    assert difference.relative <= TOLERANCE[dtype]
+    assert difference.largest_logit > 0.1
+    assert again.config.num_hidden_layers == 2
+    masks.detach()
+    dense = compare_logits(model, again, tokens())
+    assert dense.relative > 1e-2, "the masks changed nothing, so the test proves nothing"
+
+
+@pytest.mark.parametrize("family", WITH_HEADS)
+def test_multi_head_attention_without_groups_is_exact(family, tmp_path):
+    model, masks = masked(family, num_key_value_heads=4, head=2)
+    again = reloaded(export(model, masks), tmp_path / "out")
+    assert compare_logits(model, again, tokens()).relative <= TOLERANCE[torch.float32]
+    assert again.config.num_key_value_heads == 2
+
+
+@pytest.mark.parametrize("changes", [{"attention_bias": True, "mlp_bias": True}], ids=["biases"])
+def test_biases_and_tied_embeddings_survive(changes, tmp_path):
+    model, masks = masked("llama", tie_word_embeddings=True, **changes)
+    again = reloaded(export(model, masks), tmp_path / "out")
+    assert compare_logits(model, again, tokens()).relative <= TOLERANCE[torch.float32]
+    assert again.lm_head.weight.data_ptr() == again.model.embed_tokens.weight.data_ptr()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_masks_at_one_leave_the_logits_bitwise_the_same(family):
+    model = tiny_model(family)
+    with torch.no_grad():
+        before = model(tokens()).logits
+        attach_masks(model, fused=False)
+        assert torch.equal(model(tokens()).logits, before)
+
+
+def test_a_head_count_that_llama_refuses_goes_through_the_mistral_class(tmp_path):
+    model, masks = masked(
+        "llama", num_attention_heads=9, num_key_value_heads=9, hidden_size=72, head=2
+    )
+    small = export(model, masks)
+    again = reloaded(small, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert type(again).__name__ == "MistralForCausalLM"
+    assert (config["model_type"], config["num_attention_heads"]) == ("mistral", 7)
+    assert config["sliding_window"] is None
+    assert compare_logits(model, again, tokens()).relative <= TOLERANCE[torch.float32]
+    with pytest.raises(ValueError, match="refuses 7 heads.*--arch-fallback mistral"):
+        export(model, masks, arch_fallback="divisor")
+
+
+def test_adapters_are_merged_before_the_fold(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_model("llama"), LoraConfig(r=4, target_modules="all-linear"))
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.data.normal_(0, 0.3)
+    model.eval()
+    masks = randomise(attach_masks(model, fused=False), 1, 8)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    again = reloaded(export(model, masks), tmp_path / "out")
+    assert compare_logits(model, again, tokens()).relative <= TOLERANCE[torch.float32]
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_the_config_reads_the_same_in_transformers_4_and_5(tmp_path):
+    model, masks = masked("llama", rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    save_stock(export(model, masks), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 5e5
+    assert config["rope_scaling"] is None
+    assert config["torch_dtype"] == config["dtype"] == "float32"
+    assert config["head_dim"] == 8
+
+
+def test_the_exported_model_generates_with_cache_as_without(tmp_path):
+    model, masks = masked("qwen2")
+    again = reloaded(export(model, masks), tmp_path / "out")
+    prompt = tokens(1, 5)
+    with_cache = again.generate(prompt, max_new_tokens=8, do_sample=False)
+    without = again.generate(prompt, max_new_tokens=8, do_sample=False, use_cache=False)
+    assert torch.equal(with_cache, without)
+
+
+def test_the_exported_model_takes_a_fresh_adapter():
+    from peft import LoraConfig, get_peft_model
+
+    small = export(*masked("llama"))
+    adapted = get_peft_model(small, LoraConfig(r=2, target_modules="all-linear"))
+    adapted(tokens(), labels=tokens()).loss.backward()
+    grads = [p.grad for n, p in adapted.named_parameters() if "lora_B" in n]
+    assert grads and all(g is not None and torch.isfinite(g).all() for g in grads)
+
+
+def test_masks_that_are_not_uniform_are_refused():
+    model, masks = masked("llama")
+    masks.ffn.data[1, :12] = 0
+    with pytest.raises(ValueError, match="FFN mask is not uniform: row 1 keeps"):
+        export(model, masks)
+    masks.ffn.data[1, 3] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        final_shape(masks)
+
+
+def test_masks_survive_their_file_and_refuse_another_model(tmp_path):
+    model, masks = masked("llama", "query_head")
+    masks.save(tmp_path / "masks.safetensors")
+    again = load_masks(tmp_path / "masks.safetensors")
+    assert torch.equal(again.head, masks.head) and torch.equal(again.ffn, masks.ffn)
+    assert again.metadata() == masks.metadata()
+    with pytest.raises(ValueError, match="use the masks that were trained on this model"):
+        attach_masks(tiny_model("qwen2"), masks=again)
+
+
+def test_detach_restores_the_model():
+    model = tiny_model("llama")
+    names = list(model.state_dict())
+    masks = randomise(attach_masks(model), 1, 8)
+    with torch.no_grad():
+        changed = model(tokens()).logits
+        with masks.off():
+            dense = model(tokens()).logits
+        masks.detach()
+        assert torch.equal(model(tokens()).logits, dense)
+    assert not torch.equal(changed, dense)
+    assert list(model.state_dict()) == names
+
+
+def test_masks_under_an_adapter_that_came_later_are_refused():
+    from peft import LoraConfig, get_peft_model
+
+    from maskprune.budget import Budget
+    from maskprune.minimax import Minimax
+
+    model = tiny_model("llama")
+    masks = attach_masks(model)
+    get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    with pytest.raises(RuntimeError, match="get_peft_model first"):
+        Minimax(masks, Budget(model, 0.5), 100)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model_type": "bert"}, "model family 'bert' is not supported; expected one of gemma2"),
+        ({"rope_parameters": {"rope_type": "longrope"}, "model_type": "phi3"}, "longrope"),
+    ],
+)
+def test_unknown_families_are_refused_by_name(changes, message):
+    from types import SimpleNamespace
+
+    from maskprune.families import family_of
+
+    with pytest.raises(ValueError, match=message):
+        family_of(SimpleNamespace(**changes))
