@@ -81,7 +81,7 @@ def scale_heads_backward(
 
 def tile_of(D: int) -> dict[str, int]:
     """The tile for heads of D values."""
-    BLOCK_D = triton.next_power_of_2(D)
+    BLOCK_D = triton.next_power_of_2(max(1, D))
     return {"BLOCK_T": BLOCK_T, "BLOCK_H": max(1, BLOCK_COLUMNS // BLOCK_D), "BLOCK_D": BLOCK_D}
 
 

@@ -25,7 +25,7 @@ def masked_swiglu(
     All arithmetic is float32 (float64 for float64 inputs), in this order, with one rounding to
     the dtype of `gate` at the end. The unfused form `(act(gate) * up) * mask.to(dtype)` rounds
     after every step and rounds the mask too: in float32 the two agree to a few ulp (to the bit
-    for the reference), in bfloat16 to five roundings, 5 * 2^-9 of the value, and this form is the
+    for the reference), in bfloat16 to five roundings, 5 * 2^-8 of the value, and this form is the
     nearer to the exact result.
 
     Gradients, rounded once each: dgate = dout * mask * up * act'(gate), dup = dout * mask *

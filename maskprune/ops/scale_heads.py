@@ -13,8 +13,8 @@ def scale_heads(x: torch.Tensor, mask: torch.Tensor, *, backend: str = "auto") -
     """out[..., h * d_h + i] = x[..., h * d_h + i] * mask[h], with d_h = x.shape[-1] / H
 
     The product is float32 (float64 for float64 inputs), rounded once to the dtype of `x`. The
-    unfused form `x * mask.to(dtype)` rounds the mask too: equal in float32, within 2^-8 of the
-    value in bfloat16.
+    unfused form `x * mask.to(dtype)` rounds the mask too: equal in float32, within three
+    roundings, 3 * 2^-8 of the value, in bfloat16.
 
     Gradients, rounded once each: dx = dout * mask, dmask[h] = sum over rows and i of dout * x -
     the product without the mask, so a head with mask 0 can come back. Backward keeps `x` and
