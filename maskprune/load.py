@@ -126,6 +126,7 @@ def load_model(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, GgufConfig
 
+    on = torch_device(device)
     where = resolve_model(name)
     tokenizer = load_tokenizer(where, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"dtype": torch_dtype(dtype), "trust_remote_code": trust_remote_code}
@@ -134,8 +135,7 @@ def load_model(
     else:
         options["use_safetensors"] = True
     try:
-        model: Any
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             where, output_loading_info=True, **options
         )
     except (OSError, ValueError, SafetensorError) as error:
@@ -143,13 +143,14 @@ def load_model(
             f"model {where} could not be read ({_first_line(error)}); expected a folder with "
             "config.json and whole safetensors files, or a hub id that has them"
         ) from None
+    model, info = loaded
     # transformers only warns, and fills them with random numbers.
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"model {where} lacks {len(missing)} tensors, first {missing[0]}; the checkpoint is "
             "half-written or of another architecture than its config.json: fetch it again"
         )
-    return model.to(torch_device(device)).eval(), tokenizer
+    return model.to(on).eval(), tokenizer
 
 
 def torch_dtype(name: str) -> Any:

@@ -1,0 +1,231 @@
+"""A run as plots and a page, and the model card."""
+
+from __future__ import annotations
+
+import json
+import math
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from matplotlib.figure import Figure
+
+from maskprune import plots
+from maskprune.cuts import Shape
+from maskprune.masks import Masks
+from maskprune.report import model_card, read_trace, report
+
+LAYERS, UNITS = 5, 96
+
+
+@pytest.fixture(autouse=True)
+def small_pictures(monkeypatch):
+    monkeypatch.setattr("maskprune.report.DPI", 30)
+
+
+def masks_of(head_unit="kv_group", kept=64):
+    masks = Masks(Shape(LAYERS, 6, 3, 8, UNITS), head_unit, "llama", "org/base")
+    generator = torch.Generator().manual_seed(0)
+    for parameter, keep in ((masks.head, masks.head.shape[1] - 1), (masks.ffn, kept)):
+        values = 0.5 + 0.5 * torch.rand(parameter.shape, generator=generator)
+        order = torch.rand(parameter.shape, generator=generator).argsort(1)
+        parameter.data.copy_(values.masked_fill(order >= keep, 0.0))
+    return masks
+
+
+def trace_of(steps=40):
+    return [
+        {
+            "step": t,
+            "loss": 1.0 + 1 / (t + 1),
+            "kl": 0.5,
+            "layer": 2.0,
+            "R": max(0.8, 1 - 0.01 * t),
+            "R_star": 0.8,
+            "y": 0.025 + 0.01 * t,
+            "z": 0.1 * t,
+            "r_head": 0.005 * t,
+            "r_ffn": 0.01 * t,
+            "residual_head": 0.9**t,
+            "residual_ffn": 0.0,
+            "width_spread": 3.0,
+            "tokens_per_s": 1000.0,
+            "locked": t >= 20,
+        }
+        for t in range(steps)
+    ]
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    masks_of().save(folder / "masks.safetensors")
+    (folder / "trace.jsonl").write_text("".join(json.dumps(r) + "\n" for r in trace_of()))
+    info = {
+        "model": "org/<base>",
+        "method": "maskprune",
+        "seed": 3,
+        "settings": {"sparsity": 0.2, "targets": ["gguf"], "note": "<script>x</script>"},
+        "versions": {"maskprune": "0.1.0"},
+        "shape": {"layers": 5, "heads": 4, "kv_heads": 2, "head_dim": 8, "ffn": 64},
+        "trace": [1, 2, 3],
+    }
+    (folder / "maskprune.json").write_text(json.dumps(info))
+    return folder
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.links, self.text = [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value for key, value in attrs if key in ("src", "href")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_holds_every_picture_and_needs_nothing_else(run):
+    path = report(run)
+    assert path == run / "report.html"
+    page = Page(path.read_text(encoding="utf-8"))
+    files = sorted(p.stem for p in (run / "report").glob("*.png"))
+    assert files == sorted(
+        ["kept", "head_heatmap", "head_histogram", "ffn_heatmap", "ffn_histogram"]
+        + ["resource", "duals", "uniformity", "losses"]
+    )
+    assert page.tags.count("img") == len(files)
+    assert all(link.startswith("data:image/png;base64,") for link in page.links)
+
+
+def test_the_page_says_what_was_run_and_what_came_out(run):
+    page = Page(report(run).read_text(encoding="utf-8"))
+    assert "<base>, pruned by maskprune" in page.text
+    assert "maskprune, sparsity 20%, up to step 39, median 1,000 tokens/s, seed 3" in page.text
+    assert "FFN width9664" in page.text
+    assert "Every layer keeps the same number" in page.text
+    assert "<script>x</script>" in page.text and "script" not in page.tags
+    assert "[1, 2, 3]" not in page.text
+
+
+def test_masks_that_are_not_uniform_are_said_to_be(run):
+    masks = masks_of()
+    masks.ffn.data[0] = 1.0
+    masks.save(run / "masks.safetensors")
+    text = report(run).read_text(encoding="utf-8")
+    assert "The layers differ: these masks are not final" in text
+
+
+def test_a_run_in_progress_has_a_page(run):
+    (run / "masks.safetensors").unlink()
+    (run / "maskprune.json").unlink()
+    with (run / "trace.jsonl").open("a") as file:
+        file.write('{"step": 40, "lo')
+    page = Page(report(run).read_text(encoding="utf-8"))
+    assert page.tags.count("img") == 4
+    assert len(read_trace(run)) == 40
+
+
+def test_masks_alone_and_settings_alone_have_a_page(run):
+    (run / "trace.jsonl").unlink()
+    assert Page(report(run).read_text(encoding="utf-8")).tags.count("img") == 5
+    (run / "masks.safetensors").unlink()
+    assert "seed 3" in report(run).read_text(encoding="utf-8")
+
+
+def test_a_trace_without_some_keys_or_with_nan_is_drawn(run):
+    rows = [{"step": t, "loss": math.nan if t == 3 else 1.0, "R": None} for t in range(6)]
+    (run / "trace.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    report(run)
+    steps, values = plots.series(rows, "loss")
+    assert steps.tolist() == [0, 1, 2, 4, 5] and set(values) == {1.0}
+    assert not plots.has(rows, "R", "kl")
+
+
+def test_what_is_no_run_is_an_error(tmp_path, run):
+    with pytest.raises(ValueError, match="is not a folder; give the output folder"):
+        report(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no run"):
+        report(tmp_path / "empty")
+    (run / "trace.jsonl").write_text('{"step": 0\n{"step": 1}\n')
+    with pytest.raises(ValueError, match=r"trace.jsonl, line 1: broken JSON"):
+        report(run)
+    (run / "maskprune.json").write_text("{")
+    with pytest.raises(ValueError, match="maskprune.json is broken JSON"):
+        report(run)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3), (3, 65), (40, 1537)])
+def test_masks_of_every_size_are_drawn(shape):
+    ramp = np.linspace(0, 1, shape[0] * shape[1]).reshape(shape)
+    for mask in (ramp, np.ones(shape), np.zeros(shape)):
+        for figure in (plots.heatmap(mask, "units"), plots.histogram(mask, "units")):
+            assert isinstance(figure, Figure)
+            figure.savefig("/dev/null", format="png", dpi=20)
+
+
+def test_a_wide_mask_is_averaged_and_no_unit_is_lost():
+    mask = np.random.default_rng(0).random((2, 1536))
+    pooled = plots._pooled(mask)
+    assert pooled.shape == (2, plots.WIDEST)
+    assert pooled == pytest.approx(mask.reshape(2, plots.WIDEST, 2).mean(2))
+    assert plots._pooled(np.ones((2, 1000))) == pytest.approx(np.ones((2, plots.WIDEST)))
+
+
+def test_query_head_masks_are_drawn_a_layer_a_row(run):
+    masks_of("query_head").save(run / "masks.safetensors")
+    assert "Masks of query heads, by layer" in report(run).read_text(encoding="utf-8")
+
+
+CARD = {
+    "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "license": "apache-2.0",
+    "sparsity": 0.2,
+    "method": "maskprune",
+    "steps": 100,
+    "dense": {"heads": 9, "ffn": 1536, "parameters": 134515008},
+    "pruned": {"heads": 6, "ffn": 1280, "parameters": 111000000},
+    "difference": {"largest": 1.25e-4, "largest_logit": 30.0, "tokens": 64},
+    "tp": [1, 2],
+    "limits": ["Trained on one hundred steps."],
+    "versions": {"maskprune": "0.1.0"},
+}
+
+
+def test_the_card_has_the_header_of_the_hub_and_the_three_lines_that_load_it():
+    card = model_card(CARD)
+    _, header, text = card.split("---\n", 2)
+    assert yaml.safe_load(header) == {
+        "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["maskprune", "pruned", "structured-pruning"],
+        "license": "apache-2.0",
+    }
+    code = text.split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) == 3
+    compile(code, "card", "exec")
+    for fact in (
+        "| FFN width | 1536 | 1280 |",
+        "| parameters | 134,515,008 | 111,000,000 |",
+        "Largest difference 0.000125 at a largest logit of 30, over 64 tokens.",
+        "with 20% of its attention and FFN weights removed",
+        "sizes that divide this shape: 1, 2.",
+        "* Trained on one hundred steps.",
+    ):
+        assert fact in text
+
+
+def test_a_card_of_little_knowledge_has_no_empty_parts(tmp_path):
+    card = model_card({"base_model": str(tmp_path)})
+    assert "base_model" not in card and str(tmp_path) not in card and tmp_path.name in card
+    for heading in ("How it was made", "Proof", "Perplexity", "| before"):
+        assert heading not in card
+    assert "## Use" in model_card({})
