@@ -76,15 +76,14 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         for file in building.rglob("*"):
             sync(file)
         sync(building)
+        replaced = path.parent / f".{path.name}.replaced"
         if path.exists():
-            replaced = path.parent / f".{path.name}.replaced"
             shutil.rmtree(replaced, ignore_errors=True)
             os.replace(path, replaced)
-            os.replace(building, path)
-            shutil.rmtree(replaced)
-        else:
-            os.replace(building, path)
+        os.replace(building, path)
         sync(path.parent)
+        # Also what a run killed between the two renames left behind.
+        shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise

@@ -154,6 +154,7 @@ def _explained(error: OSError, out: Path) -> OSError:
         errno.EACCES: "choose a folder that can be written",
         errno.EPERM: "choose a folder that can be written",
         errno.ENOTDIR: "choose a folder whose parents are folders",
+        errno.EEXIST: "choose a folder whose parents are folders",
     }.get(error.errno or 0, "mend that and run it again")
     return OSError(error.errno, f"export to {out} failed, nothing was left there: {what}; {do}")
 
