@@ -28,11 +28,12 @@ def tiny_config(family: str, **changes: Any) -> Any:
     )
     if family == "gpt2":
         common |= dict(n_inner=24, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+        common |= dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
             common.pop(name)
         common.pop("max_position_embeddings")
     elif family == "opt":
-        common |= dict(ffn_dim=24, word_embed_proj_dim=32)
+        common |= dict(ffn_dim=24, word_embed_proj_dim=32, dropout=0.0)
     else:
         common |= dict(intermediate_size=24, num_key_value_heads=2)
     if family in ("llama", "mistral", "qwen3", "gemma2", "gemma3_text"):
