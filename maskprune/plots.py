@@ -74,8 +74,7 @@ def heatmap(mask: np.ndarray, unit: str) -> Figure:
         if not few:
             panels.append((-np.sort(-mask, axis=1), "The same, sorted within each layer"))
         axes = np.atleast_1d(figure.subplots(len(panels), 1))
-        colours = matplotlib.colormaps["cividis"].copy()
-        colours.set_under(PRUNED)
+        colours = matplotlib.colormaps["cividis"].with_extremes(under=PRUNED)
         for axis, (values, title) in zip(axes, panels, strict=True):
             image = axis.imshow(
                 values,
