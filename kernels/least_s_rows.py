@@ -1,0 +1,358 @@
+"""The least-s prox of one row by one Triton program, for the kernels that launch rows.
+
+The search is an exact bisection on the bits of |m|: integers only, so no two lanes can disagree,
+and at most 31 counting passes whatever the data. A row of up to 53,248 entries stays in registers
+as three [R, C] pieces, R a power of two and C four entries per thread: a pass is then a
+thread-local sum and one reduction across warps. Longer rows are read again in every pass, three
+thresholds at a time; rows of up to 128 rank all pairs.
+
+Legend: key = |m| as its bits, shifted left, with the sign in bit 0, so that comparisons see |m|
+and the entry is not lost - k entries to shrink - T the k-th smallest key - cut, the index before
+which keys equal to T are taken.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+ALL_PAIRS_LIMIT = 128
+# (longest row, warps, R0, R1, R2): (R0 + R1 + R2) * 128 * warps entries, four per thread and row of
+# the pieces. A thread has 255 registers with 8 warps, 128 with 16 and 64 with 32: more than 9
+# rows with 16 warps spill. Widths of known models fill theirs: 14336, 18432, 28672, 53248.
+TILES = (
+    (1536, 4, 1, 1, 1),
+    (3072, 8, 1, 1, 1),
+    (6144, 8, 4, 1, 1),
+    (8192, 8, 4, 2, 2),
+    (11264, 8, 8, 2, 1),
+    (14336, 16, 4, 2, 1),
+    (18432, 16, 4, 4, 1),
+    (24576, 32, 4, 1, 1),
+    (28672, 32, 4, 2, 1),
+    (36864, 32, 4, 4, 1),
+    (45056, 32, 8, 2, 1),
+    (53248, 32, 8, 4, 1),
+)
+CHUNK, CHUNK_WARPS = 8192, 16
+
+
+class Tile(NamedTuple):
+    """Which kernel serves rows of one length, its warps and its constexpr sizes."""
+
+    kernel: str
+    warps: int
+    sizes: dict[str, int]
+
+
+def tile_for(N: int) -> Tile:
+    """The kernel and tile for rows of up to N entries."""
+    if N <= ALL_PAIRS_LIMIT:
+        block = max(16, triton.next_power_of_2(N))
+        return Tile("all_pairs", 4 if block == 128 else 1, {"BLOCK": block})
+    for longest, warps, R0, R1, R2 in TILES:
+        if N <= longest:
+            return Tile("pieces", warps, {"R0": R0, "R1": R1, "R2": R2, "C": 128 * warps})
+    return Tile("chunked", CHUNK_WARPS, {"BLOCK": CHUNK})
+
+
+@triton.jit
+def key_of(x):
+    bits = x.to(tl.uint32, bitcast=True)
+    return (bits << 1) | (bits >> 31)
+
+
+@triton.jit
+def value_of(key):
+    return ((key >> 1) | (key << 31)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def square_of(magnitude):
+    x = magnitude.to(tl.float32, bitcast=True)
+    return x * x
+
+
+@triton.jit
+def count_in_row(s, shrink, N):
+    """(k, whether s and shrink are numbers); k is ceil(s) clamped to [0, N]."""
+    real = (s == s) & (shrink == shrink)
+    k = tl.minimum(tl.maximum(tl.ceil(tl.where(real, s, 0.0)), 0.0), 2147483520.0).to(tl.int32)
+    return tl.minimum(k, N), real
+
+
+@triton.jit
+def load_keys(row_ptr, offs, N):
+    x = tl.load(row_ptr + offs, mask=offs < N, other=0.0)
+    return tl.where(offs < N, key_of(x), 0xFFFFFFFF)
+
+
+@triton.jit
+def largest(key, offs, N):
+    return tl.max(tl.max(tl.where(offs < N, key >> 1, 0), axis=0), axis=0).to(tl.int32)
+
+
+@triton.jit
+def smallest(key):
+    return tl.min(tl.min(key, axis=0), axis=0)
+
+
+@triton.jit
+def bound_above(magnitude):
+    """Keys below it have at most this magnitude."""
+    return (magnitude.to(tl.uint32) << 1) + 2
+
+
+@triton.jit
+def bound_before(T, cut, first, R: tl.constexpr, C: tl.constexpr):
+    """(R, C) bounds: keys below them are less than T, or equal to T at an index before cut.
+
+    The cut moves to the left side of the comparison, where it varies with the loop around it:
+    `index < cut` would be hoisted out of that loop, and a row of registers with it.
+    """
+    cut_in_row = cut - (first + tl.arange(0, R)[:, None]) * C
+    bound = T.to(tl.uint32) << 1
+    return tl.where(tl.arange(0, C)[None, :] < cut_in_row, bound + 2, bound)
+
+
+@triton.jit
+def below(key, bound):
+    return tl.sum((key < bound).to(tl.int32), axis=0)
+
+
+@triton.jit
+def count(key0, key1, key2, magnitude):
+    """How many keys have at most this magnitude."""
+    bound = bound_above(magnitude)
+    return tl.sum(below(key0, bound) + below(key1, bound) + below(key2, bound), axis=0)
+
+
+@triton.jit
+def search(key0, key1, key2, lo, hi, k, N, hint):
+    """(T, count(key <= T)): T = hi with count(key <= hi) = k, or the k-th key if it is tied.
+
+    A hint >= 0 is tried first and galloped from until both sides are known.
+    """
+    n_hi = N
+    sides = tl.where(hint < 0, 3, 0)
+    mid = tl.where(hint < 0, lo + ((hi - lo) >> 1), tl.minimum(tl.maximum(hint, lo), hi - 1))
+    step = 1 << 12
+    go = (lo < hi) & (k > 0) & (k < N)
+    while go:
+        c = count(key0, key1, key2, mid)
+        if c >= k:
+            hi = mid
+            n_hi = c
+            sides = sides | 1
+            probe = mid - step
+        else:
+            lo = mid + 1
+            sides = sides | 2
+            probe = mid + step
+        go = (lo < hi) & (n_hi != k)
+        probe = tl.minimum(tl.maximum(probe, lo), hi - 1)
+        mid = tl.where(sides == 3, lo + ((hi - lo) >> 1), probe)
+        step = tl.minimum(step << 3, 1 << 27)
+    return hi, n_hi
+
+
+@triton.jit
+def tie_cut(
+    key0,
+    key1,
+    key2,
+    T,
+    n_hi,
+    k,
+    N,
+    R0: tl.constexpr,
+    R1: tl.constexpr,
+    R2: tl.constexpr,
+    C: tl.constexpr,
+):
+    """The index before which keys equal to T are among the k."""
+    a = tl.where(k > 0, N, 0)
+    if (n_hi > k) & (k > 0):
+        a = 0
+        b = N
+        while a < b:
+            cut = a + ((b - a) >> 1)
+            c = tl.sum(
+                below(key0, bound_before(T, cut, 0, R0, C))
+                + below(key1, bound_before(T, cut, R0, R1, C))
+                + below(key2, bound_before(T, cut, R0 + R1, R2, C)),
+                axis=0,
+            )
+            if c >= k:
+                b = cut
+            else:
+                a = cut + 1
+    return a
+
+
+@triton.jit
+def shrink_piece(row_ptr, key, offs, chosen, shrink, N):
+    """Stores the piece after the step; (squares of the chosen, keys of the others)."""
+    x = value_of(key)
+    y = x * shrink
+    tl.store(row_ptr + offs, tl.where(chosen, y, x), mask=offs < N)
+    left = tl.where(chosen, 0xFFFFFFFF, key)
+    return tl.sum(tl.where(chosen, y * y, 0.0), axis=0), tl.min(left, axis=0)
+
+
+@triton.jit
+def next_square(left, top, shrink, k, N):
+    """Square of the smallest magnitude left; of the largest, shrunk, where none is."""
+    y = top.to(tl.float32, bitcast=True) * shrink
+    return tl.where(N == 0, 0.0, tl.where(k < N, square_of(left), y * y))
+
+
+@triton.jit
+def prox_pieces(
+    row_ptr,
+    s,
+    shrink,
+    hint,
+    N,
+    R0: tl.constexpr,
+    R1: tl.constexpr,
+    R2: tl.constexpr,
+    C: tl.constexpr,
+):
+    """One row in registers -> (sum_sq, next_sq, whether all was a number, T)."""
+    offs_c = tl.arange(0, C)[None, :]
+    offs0 = tl.arange(0, R0)[:, None] * C + offs_c
+    offs1 = (R0 + tl.arange(0, R1)[:, None]) * C + offs_c
+    offs2 = (R0 + R1 + tl.arange(0, R2)[:, None]) * C + offs_c
+    key0 = load_keys(row_ptr, offs0, N)
+    key1 = load_keys(row_ptr, offs1, N)
+    key2 = load_keys(row_ptr, offs2, N)
+
+    k, sound = count_in_row(s, shrink, N)
+    top = tl.maximum(largest(key0, offs0, N), largest(key1, offs1, N))
+    top = tl.maximum(top, largest(key2, offs2, N))
+    bottom = tl.minimum(tl.minimum(smallest(key0), smallest(key1)), smallest(key2))
+    sound = sound & (top <= 0x7F800000)
+    k = tl.where(sound, k, 0)
+    T, n_hi = search(key0, key1, key2, (bottom >> 1).to(tl.int32), top, k, N, hint)
+    cut = tie_cut(key0, key1, key2, T, n_hi, k, N, R0, R1, R2, C)
+    T = tl.where(k > 0, T, 0)
+
+    chosen0 = key0 < bound_before(T, cut, 0, R0, C)
+    chosen1 = key1 < bound_before(T, cut, R0, R1, C)
+    chosen2 = key2 < bound_before(T, cut, R0 + R1, R2, C)
+    sum0, left0 = shrink_piece(row_ptr, key0, offs0, chosen0, shrink, N)
+    sum1, left1 = shrink_piece(row_ptr, key1, offs1, chosen1, shrink, N)
+    sum2, left2 = shrink_piece(row_ptr, key2, offs2, chosen2, shrink, N)
+    left = (tl.min(tl.minimum(tl.minimum(left0, left1), left2), axis=0) >> 1).to(tl.int32)
+    return tl.sum(sum0 + sum1 + sum2, axis=0), next_square(left, top, shrink, k, N), sound, T
+
+
+@triton.jit
+def prox_all_pairs(row_ptr, s, shrink, N, BLOCK: tl.constexpr):
+    """One short row by ranking all pairs -> (sum_sq, next_sq, whether all was a number)."""
+    i = tl.arange(0, BLOCK)
+    x = tl.load(row_ptr + i, mask=i < N, other=0.0)
+    key = tl.where(i < N, (key_of(x) >> 1).to(tl.int32), 0x7FFFFFFF)
+    other = tl.load(row_ptr + i, mask=i < N, other=0.0)
+    key_j = tl.where(i < N, (key_of(other) >> 1).to(tl.int32), 0x7FFFFFFF)
+    k, sound = count_in_row(s, shrink, N)
+    top = tl.max(tl.where(i < N, key, 0), axis=0)
+    sound = sound & (top <= 0x7F800000)
+    k = tl.where(sound, k, 0)
+
+    before = (key_j[None, :] < key[:, None]) | (
+        (key_j[None, :] == key[:, None]) & (i[None, :] < i[:, None])
+    )
+    rank = tl.sum(before.to(tl.int32), axis=1)
+    chosen = (rank < k) & (i < N)
+    y = x * shrink
+    left = tl.min(tl.where(chosen | (i >= N), 0x7FFFFFFF, key), axis=0)
+
+    # Other warps may still be reading the row as `other`.
+    tl.debug_barrier()
+    tl.store(row_ptr + i, tl.where(chosen, y, x), mask=i < N)
+    sum_sq = tl.sum(tl.where(chosen, y * y, 0.0), axis=0)
+    return sum_sq, next_square(left, top, shrink, k, N), sound
+
+
+@triton.jit
+def prox_chunked(row_ptr, s, shrink, N, BLOCK: tl.constexpr):
+    """One long row, read again in each pass -> (sum_sq, next_sq, whether all was a number)."""
+    offs = tl.arange(0, BLOCK)
+    high = tl.zeros([BLOCK], tl.int32)
+    low = tl.full([BLOCK], 0x7FFFFFFF, tl.int32)
+    start = 0
+    while start < N:
+        key = load_keys(row_ptr, start + offs, N)
+        magnitude = (key >> 1).to(tl.int32)
+        low = tl.minimum(low, magnitude)
+        high = tl.maximum(high, tl.where(start + offs < N, magnitude, 0))
+        start += BLOCK
+    top = tl.max(high, axis=0)
+    lo = tl.min(low, axis=0)
+    hi = top
+    k, sound = count_in_row(s, shrink, N)
+    sound = sound & (top <= 0x7F800000)
+    k = tl.where(sound, k, 0)
+
+    n_hi = N
+    below = 0
+    while (lo < hi) & (n_hi != k) & (k > 0):
+        quarter = (hi - lo) >> 2
+        mid1 = lo + quarter
+        mid2 = lo + ((hi - lo) >> 1)
+        mid3 = tl.minimum(mid2 + quarter, hi - 1)
+        n1 = tl.zeros([BLOCK], tl.int32)
+        n2 = tl.zeros([BLOCK], tl.int32)
+        n3 = tl.zeros([BLOCK], tl.int32)
+        start = 0
+        while start < N:
+            magnitude = (load_keys(row_ptr, start + offs, N) >> 1).to(tl.int32)
+            n1 += (magnitude <= mid1).to(tl.int32)
+            n2 += (magnitude <= mid2).to(tl.int32)
+            n3 += (magnitude <= mid3).to(tl.int32)
+            start += BLOCK
+        c1 = tl.sum(n1, axis=0)
+        c2 = tl.sum(n2, axis=0)
+        c3 = tl.sum(n3, axis=0)
+        if c1 >= k:
+            hi = mid1
+            n_hi = c1
+        elif c2 >= k:
+            lo = mid1 + 1
+            below = c1
+            hi = mid2
+            n_hi = c2
+        elif c3 >= k:
+            lo = mid2 + 1
+            below = c2
+            hi = mid3
+            n_hi = c3
+        else:
+            lo = mid3 + 1
+            below = c3
+
+    squares = tl.zeros([BLOCK], tl.float32)
+    low = tl.full([BLOCK], 0x7FFFFFFF, tl.int32)
+    # Of the keys equal to hi, in order of index, the first `ties` are taken.
+    ties = tl.where(n_hi == k, N, k - below)
+    start = 0
+    while start < N:
+        inside = start + offs < N
+        key = load_keys(row_ptr, start + offs, N)
+        magnitude = (key >> 1).to(tl.int32)
+        tied = ((magnitude == hi) & inside).to(tl.int32)
+        chosen = (magnitude < hi) | ((tied > 0) & (tl.cumsum(tied, axis=0) <= ties))
+        chosen = chosen & (k > 0) & inside
+        ties -= tl.sum(tied, axis=0)
+        x = value_of(key)
+        y = x * shrink
+        squares += tl.where(chosen, y * y, 0.0)
+        low = tl.minimum(low, tl.where(chosen | (start + offs >= N), 0x7FFFFFFF, magnitude))
+        tl.store(row_ptr + start + offs, tl.where(chosen, y, x), mask=inside)
+        start += BLOCK
+    left = tl.min(low, axis=0)
+    return tl.sum(squares, axis=0), next_square(left, top, shrink, k, N), sound
