@@ -88,7 +88,7 @@ def interleaved(
 
     One sample is the mean of as many calls as last `min_sample_ms`; with `before` (untimed: it
     restores an input or flushes a cache) it is one call. `max_seconds` ends the rounds early,
-    but never before the third.
+    but never before the fifth.
     """
     if not providers or rounds < 1:
         raise ValueError(f"interleaved: {len(providers)} providers, {rounds} rounds; need 1 each")
@@ -107,7 +107,7 @@ def interleaved(
     samples: dict[str, list[float]] = {name: [] for name in providers}
     end = time.perf_counter() + max_seconds
     for done in range(rounds):
-        if done >= 3 and time.perf_counter() > end:
+        if done >= 5 and time.perf_counter() > end:
             break
         shuffler.shuffle(order)
         for name in order:
