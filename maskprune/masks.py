@@ -17,8 +17,15 @@ import torch
 from torch import nn
 
 from maskprune.cuts import Shape, mask_rows, query_head_mask
-from maskprune.families import attention_output, family_of, ffn_output, layers_of
+from maskprune.families import (
+    attention_output,
+    family_of,
+    ffn_output,
+    get_submodule,
+    layers_of,
+)
 from maskprune.files import replace_file
+from maskprune.fused import fuse_ffn, unfusable
 from maskprune.target import shape_of
 
 FORMAT_VERSION = "1"
@@ -215,10 +222,9 @@ def attach_masks(
             masks._hooked.append((module, lambda a=layer: attention_output(a, family)))
         module = ffn_output(layer, family)
         masks._hooked.append((module, lambda a=layer: ffn_output(a, family)))
-        if fuse:
-            from maskprune.fused import fuse_ffn
-
-            mlp = layer.get_submodule(family.ffn)
+        mlp = get_submodule(layer, family.ffn)
+        # Unasked, an FFN that something else has patched keeps the hook; asked, it is refused.
+        if fuse and (fused or not unfusable(mlp, family.activation)):
             undo.append(fuse_ffn(mlp, family.activation, _ffn_getter(masks, index)))
         else:
             undo.append(module.register_forward_pre_hook(_ffn_hook(masks, index)).remove)
