@@ -39,7 +39,12 @@ def listed(
     """An argparse type: values separated by commas, each of `kind`, and one of `among`."""
 
     def parse(text: str) -> tuple[Any, ...]:
-        values = tuple(kind(part.strip()) for part in text.split(","))
+        try:
+            values = tuple(kind(part.strip()) for part in text.split(","))
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} given; expected one or more {kind.__name__} separated by commas"
+            ) from None
         for value in values:
             if among and value not in among:
                 raise argparse.ArgumentTypeError(
@@ -49,7 +54,6 @@ def listed(
                 raise argparse.ArgumentTypeError(f"{value} given; expected a number above 0")
         return values
 
-    parse.__name__ = f"list of {kind.__name__}"
     return parse
 
 

@@ -116,6 +116,7 @@ def _batches(rows: list[Mapping[str, Any]], path: Path) -> list[Path]:
         return []
     sparsity = max(r["sparsity"] for r in rows)
     title = f"{rows[0]['model']}: latency at sparsity {sparsity:g}"
+    title += " (noisy machine)" if any(r["noisy"] for r in rows) else ""
     figure, axes = _figure(len(regimes), title, place(rows[0]))
     for axis, regime in zip(axes, regimes, strict=True):
         here = [r for r in rows if r["regime"] == regime and r["sparsity"] == sparsity]
@@ -134,7 +135,9 @@ def _batches(rows: list[Mapping[str, Any]], path: Path) -> list[Path]:
                 low, high = [r["p10_ms"] for r in mine], [r["p90_ms"] for r in mine]
                 axis.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
         axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
+        axis.set_yscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.set_title(f"{NAMES[regime]}, {length} tokens")
         axis.set_xlabel("batch")
     axes[0].set_ylabel("milliseconds a step")

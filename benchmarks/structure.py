@@ -112,7 +112,8 @@ class _Turn(nn.Module):
 def stock_load(model: nn.Module) -> dict[str, Any]:
     """Save, load with AutoModelForCausalLM and nothing else, compare logits; then the engines.
 
-    A heterogeneous model is saved with the widest layer's config, the best a stock config can say.
+    A heterogeneous model is saved with the dense model's config: no stock Llama config holds widths
+    by layer.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

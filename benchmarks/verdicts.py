@@ -105,10 +105,11 @@ def report(rows: list[dict[str, Any]]) -> str:
     if timed := cases(rows):
         losses = where_not_faster(rows)
         quiet = sum(not next(iter(v.values()))["noisy"] for v in timed.values())
-        parts.append(
-            "\n".join(losses)
-            or f"uniform is faster than every other variant in all {quiet} cases free of noise"
-        )
+        if not quiet:
+            losses = ["no case was free of noise: nothing is said about what is faster"]
+        elif not losses:
+            losses = [f"uniform is the fastest in all {quiet} cases free of noise"]
+        parts.append("\n".join(losses))
     return "\n\n".join(parts)
 
 
