@@ -1,0 +1,78 @@
+"""Checkpoints of a run in progress: a half-written one is never taken for a whole one."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from maskprune.files import sync, write_json
+
+logger = logging.getLogger(__name__)
+
+MARKER = "complete.json"
+
+
+def save_solver(folder: Path, masks: dict[str, torch.Tensor], solver: dict[str, Any]) -> None:
+    """Write masks and solver state into a checkpoint folder, no pickle."""
+    from safetensors.torch import save_file
+
+    tensors = {f"masks.{name}": value.detach().cpu().contiguous() for name, value in masks.items()}
+    tensors["solver.state"] = solver["state"].cpu()
+    header = {"fields": json.dumps(solver["fields"]), "rates": json.dumps(solver["rates"])}
+    save_file(tensors, folder / "maskprune.safetensors", metadata=header)
+
+
+def load_solver(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """What `save_solver` wrote: masks by name, solver state."""
+    from safetensors import safe_open
+
+    with safe_open(folder / "maskprune.safetensors", framework="pt") as file:
+        meta = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    masks = {n.removeprefix("masks."): t for n, t in tensors.items() if n.startswith("masks.")}
+    solver = {
+        "state": tensors["solver.state"],
+        "fields": json.loads(meta["fields"]),
+        "rates": json.loads(meta["rates"]),
+    }
+    return masks, solver
+
+
+def mark_complete(folder: Path) -> None:
+    """The last act of a checkpoint: every file is on disk, its size is noted."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MARKER)
+    for file in files:
+        sync(file)
+    write_json(folder / MARKER, {str(p.relative_to(folder)): p.stat().st_size for p in files})
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether every file that the marker names is there, in its size."""
+    try:
+        sizes = json.loads((folder / MARKER).read_text())
+    except (OSError, json.JSONDecodeError):
+        return False
+    return all(
+        (folder / name).is_file() and (folder / name).stat().st_size == size
+        for name, size in sizes.items()
+    )
+
+
+def latest(run: Path) -> Path | None:
+    """The newest whole checkpoint of a run; half-written ones are removed."""
+    found = []
+    for folder in run.glob("checkpoint-*"):
+        number = folder.name.removeprefix("checkpoint-")
+        if not number.isdigit():
+            continue
+        if is_complete(folder):
+            found.append((int(number), folder))
+        else:
+            logger.warning("removing %s, which a killed run left half-written", folder)
+            shutil.rmtree(folder)
+    return max(found)[1] if found else None

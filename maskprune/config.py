@@ -1,0 +1,144 @@
+"""The settings of each command: flat dataclasses that flags, YAML files and Python share.
+
+Imports nothing heavy, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def _setting(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """How to prune; the defaults need no tuning from 100 to 10,000 steps."""
+
+    sparsity: float | None = _setting(
+        None, "Share of the attention and FFN weights that goes, like 0.2."
+    )
+    head_sparsity: float | None = _setting(
+        None, "With --ffn-sparsity, fixes the split by hand: share of the head units that goes."
+    )
+    ffn_sparsity: float | None = _setting(None, "Share of the FFN units that goes, by hand.")
+    head_unit: str = _setting(
+        "kv_group", "kv_group (a KV head with its query heads) or query_head (of every group)."
+    )
+    multiple_of: int | None = _setting(
+        None, "FFN widths are multiples of it; 256, 64 below 4096, 8 below 512."
+    )
+    arch_fallback: str = _setting(
+        "mistral", "Where Llama refuses the head count: mistral, divisor or error."
+    )
+    targets: str | None = _setting(
+        None, "Engines to lint the shape for: vllm,gguf,awq128,fp8,tp=4."
+    )
+    method: str = _setting("maskprune", "maskprune.")
+    mode: str = _setting(
+        "minimax", "minimax learns the split; scheduled prunes heads and FFN in equal fractions."
+    )
+    warm_start: str = _setting(
+        "taylor", "Ranking that the masks start from: none (the paper), wanda-sp or taylor."
+    )
+    warm_start_blocks: int = _setting(32, "Blocks of seq_len tokens that the ranking reads.")
+    reach: float | None = _setting(
+        None, "Share of the steps after which the budget is reached; 0.2 warm, 0.6 cold."
+    )
+    eta1: float | None = _setting(None, "Decay rate of pruned masks at the first step.")
+    interval: int | None = _setting(
+        None, "Steps between two prox calls on FFN masks, falling to 1; 10 from 2000 steps on."
+    )
+    steps: int | None = _setting(None, "Optimizer steps; or give --epochs.")
+    epochs: float | None = _setting(None, "Passes over the data; 7 where neither is given.")
+    batch_size: int = _setting(16, "Sequences per step, over all devices.")
+    gradient_accumulation: int = _setting(1, "Micro-batches per step, each batch_size / this.")
+    seq_len: int = _setting(512, "Tokens per sequence.")
+    max_tokens: int | None = _setting(10_240_000, "Read at most this many tokens of the data.")
+    learning_rate: float = _setting(1e-3, "Of the adapters; falls linearly to 0.")
+    warmup: float = _setting(0.03, "Share of the steps over which the adapters' rate rises.")
+    mask_lr: float = _setting(1e-2, "Of the masks; falls linearly to 0 over the last tenth.")
+    lora_r: int = _setting(8, "Rank of the adapters.")
+    lora_alpha: int = _setting(8, "Scale of the adapters is lora_alpha / lora_r.")
+    lora_targets: str = _setting(
+        "all-linear",
+        "Modules with adapters, comma-separated, or all-linear; q_proj,v_proj are the paper's.",
+    )
+    alpha: float = _setting(0.0, "Weight of the hidden-state loss; 0.04 is the ancestors'.")
+    kl_direction: str = _setting(
+        "teacher_student", "teacher_student, or student_teacher as the paper prints it."
+    )
+    max_grad_norm: float = _setting(1.0, "Clip of the adapters' gradient; masks are not clipped.")
+    gradient_checkpointing: bool = _setting(False, "Trade time for memory.")
+    dtype: str = _setting(
+        "auto", "auto (float32 weights on CPU, as stored on GPU), float32, bfloat16 or float16."
+    )
+    autocast: str = _setting(
+        "auto", "Compute type: auto (bfloat16 where measured faster), bfloat16 or none."
+    )
+    device: str = _setting("auto", "auto, cpu or cuda.")
+    seed: int = _setting(0, "Of data order and adapters; CPU runs repeat to the bit.")
+    save_steps: int = _setting(100, "Steps between checkpoints, what a kill loses at most.")
+    logging_steps: int = _setting(10, "Steps between rows of the trace.")
+
+    def __post_init__(self) -> None:
+        choices = {
+            "method": ("maskprune",),
+            "mode": ("minimax", "scheduled"),
+            "warm_start": ("none", "wanda-sp", "taylor"),
+            "head_unit": ("kv_group", "query_head"),
+            "arch_fallback": ("mistral", "divisor", "error"),
+            "kl_direction": ("teacher_student", "student_teacher"),
+            "autocast": ("auto", "bfloat16", "none"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}"
+                )
+        if self.sparsity is not None and not 0 < self.sparsity < 1:
+            raise ValueError(f"sparsity is {self.sparsity}; expected a number between 0 and 1")
+        if self.sparsity is None and self.head_sparsity is None and self.ffn_sparsity is None:
+            raise ValueError("no sparsity is given; pass one like 0.2, or a split by hand")
+        least = {
+            "steps": 20,
+            "batch_size": 1,
+            "gradient_accumulation": 1,
+            "seq_len": 8,
+            "warm_start_blocks": 1,
+            "save_steps": 1,
+            "logging_steps": 1,
+            "lora_r": 1,
+            "interval": 1,
+            "multiple_of": 1,
+        }
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ValueError(f"{name} is {value}; expected at least {low}")
+        for name in ("learning_rate", "mask_lr", "epochs", "eta1"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}; expected a number above 0")
+        if self.reach is not None and not 0 < self.reach <= 0.9:
+            raise ValueError(f"reach is {self.reach}; expected a share of the run in (0, 0.9]")
+        if self.batch_size % self.gradient_accumulation:
+            raise ValueError(
+                f"gradient_accumulation {self.gradient_accumulation} does not divide batch_size "
+                f"{self.batch_size}"
+            )
+
+
+PAPER = dict(
+    warm_start="none",
+    lora_targets="q_proj,v_proj",
+    alpha=0.04,
+    epochs=7.0,
+    interval=10,
+    learning_rate=1e-3,
+    mask_lr=1e-2,
+    batch_size=16,
+    seq_len=512,
+)

@@ -1,0 +1,51 @@
+"""What a person sees of a long run: a bar with the numbers that matter, or plain lines."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Loss, R against R*, y, z, uniformity, tokens/s and time left.
+
+    A bar where standard error is a terminal, a line per logged row where it is not.
+    """
+
+    def __init__(self, total_steps: int, done: int = 0, quiet: bool = False) -> None:
+        self.total, self.first, self.started = total_steps, done, time.monotonic()
+        self.quiet = quiet
+        self.bar: Any = None
+        if not quiet and sys.stderr.isatty():
+            self.bar = tqdm(
+                total=total_steps, initial=done, desc="prune", unit="step", dynamic_ncols=True
+            )
+
+    def advance(self) -> None:
+        """One optimizer step is done."""
+        if self.bar is not None:
+            self.bar.update()
+
+    def show(self, row: dict[str, Any]) -> None:
+        """The latest row of the trace."""
+        text = (
+            f"loss {row['loss']:.3f} R {row['R']:.3f}>{row['R_star']:.3f} y {row['y']:.2f} "
+            f"z {row['z']:.2f} spread {row['width_spread']:.1f} {row['tokens_per_s']:.0f} tok/s"
+        )
+        if row["locked"]:
+            text += " locked"
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+        elif not self.quiet:
+            done = row["step"]
+            per_step = (time.monotonic() - self.started) / max(1, done - self.first)
+            left = time.strftime("%H:%M:%S", time.gmtime((self.total - done) * per_step))
+            print(f"step {done}/{self.total} {text} left {left}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self.bar is not None:
+            self.bar.close()
