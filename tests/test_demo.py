@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from maskprune import demo
+from maskprune.demonstrate import compare, peak_bytes, settings, sizes, table
+from maskprune.export import Difference
 
 
 @pytest.fixture
@@ -146,6 +148,64 @@ def test_the_text_is_the_same_every_time(text_wheel, cache):
     first = [path.read_bytes() for path in demo.demo_text()]
     (cache / "text").rename(cache / "before")
     assert [path.read_bytes() for path in demo.demo_text()] == first
+
+
+def test_the_table_lines_up_and_ends_no_line_in_blanks():
+    text = table([("heads", "9", "6"), ("FFN width", "1536", "1280"), ("difference", "", "1e-5")])
+    assert text.splitlines() == [
+        "            dense  pruned",
+        "-------------------------",
+        "heads           9       6",
+        "FFN width    1536    1280",
+        "difference           1e-5",
+    ]
+
+
+def test_the_table_says_all_that_is_promised():
+    dense = {"heads": 9, "kv_heads": 3, "ffn": 1536, "parameters": 134515008, "bytes": 538090408}
+    dense |= {"kv_bytes_per_token": 46080, "ppl": 22.125, "prefill_tokens_per_s": 512.3}
+    dense |= {"decode_tokens_per_s": 18.04}
+    rows = {row[0]: row[1:] for row in compare(dense, dense, Difference(1.5e-5, 31.25, 1.0))}
+    assert rows == {
+        "query heads per layer": ("9", "9"),
+        "KV heads per layer": ("3", "3"),
+        "FFN width": ("1536", "1536"),
+        "parameters": ("134,515,008", "134,515,008"),
+        "weights on disk, float32": ("538.1 MB", "538.1 MB"),
+        "KV cache bytes per token": ("46,080", "46,080"),
+        "perplexity, held-out text": ("22.12", "22.12"),
+        "prefill tokens/s, here": ("512", "512"),
+        "decode tokens/s, here": ("18.0", "18.0"),
+        "largest logit difference": ("", "1.5e-05 of 31.2"),
+    }
+
+
+def test_sizes_are_counted_from_the_model_and_its_folder(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=16,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    found = sizes(model, tmp_path)
+    assert (found["heads"], found["kv_heads"], found["ffn"], found["head_dim"]) == (4, 2, 48, 8)
+    attention, ffn, norms = 32 * 32 * 2 + 32 * 16 * 2, 3 * 32 * 48, 2 * 32
+    assert found["parameters"] == 16 * 32 + 2 * (attention + ffn + norms) + 32
+    assert found["kv_bytes_per_token"] == 2 * 2 * 2 * 8 * 4
+    assert found["bytes"] == (tmp_path / "model.safetensors").stat().st_size
+    assert peak_bytes() > 100e6
+
+
+def test_the_demo_asks_for_a_fifth_less():
+    config = settings(steps=100, seed=1)
+    assert (config.sparsity, config.steps, config.seed) == (0.2, 100, 1)
 
 
 @pytest.mark.demo
