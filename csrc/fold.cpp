@@ -367,6 +367,12 @@ int team_size(std::int64_t bytes, std::int64_t rows, int threads) {
   return static_cast<int>(std::clamp<std::int64_t>(threads, 1, useful));
 }
 
+// Rows handed out at a time: small enough that a thread which the machine holds up is waited for
+// by nobody.
+std::int64_t share_of(std::int64_t rows, int team) {
+  return std::max<std::int64_t>(1, rows / (16 * team));
+}
+
 }  // namespace
 
 // weight (rows, width), keep (kept,), scale (kept,) -> out (rows, kept); returns the threads used.
@@ -385,6 +391,7 @@ int fold_columns(std::uintptr_t weight, std::int64_t rows, std::int64_t width, i
   const std::int64_t in_bytes = width * item_size(type), out_bytes = kept * item_size(type);
   expect_huge_pages(to, rows * out_bytes);
   const int team = team_size(rows * in_bytes, rows, threads);
+  const std::int64_t grain = share_of(rows, team);
   int used = 1;
 #pragma omp parallel num_threads(team)
   {
@@ -393,7 +400,7 @@ int fold_columns(std::uintptr_t weight, std::int64_t rows, std::int64_t width, i
 #pragma omp single nowait
     used = omp_get_num_threads();
 #endif
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, grain)
     for (std::int64_t r = 0; r < rows; ++r)
       fold_row(in + r * in_bytes, to + r * out_bytes, columns, type, isa);
   }
@@ -415,6 +422,7 @@ int gather_rows(std::uintptr_t weight, std::int64_t rows, std::int64_t row_bytes
   auto* to = reinterpret_cast<char*>(out);
   expect_huge_pages(to, kept * row_bytes);
   const int team = team_size(kept * row_bytes, kept, threads);
+  const std::int64_t grain = share_of(kept, team);
   int used = 1;
 #pragma omp parallel num_threads(team)
   {
@@ -422,7 +430,7 @@ int gather_rows(std::uintptr_t weight, std::int64_t rows, std::int64_t row_bytes
 #pragma omp single nowait
     used = omp_get_num_threads();
 #endif
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, grain)
     for (std::int64_t j = 0; j < kept; ++j)
       std::memcpy(to + j * row_bytes, in + index[j] * row_bytes,
                   static_cast<std::size_t>(row_bytes));

@@ -56,8 +56,8 @@ class StreamPlan:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of the tensors that are read."""
-        return sum(move.source.size for move in self.moves.values())
+        """Bytes of tensors that are needed: rows that go are skipped."""
+        return sum(move.bytes_read for move in self.moves.values())
 
     @property
     def work(self) -> int:

@@ -34,6 +34,12 @@ class Move:
     cut: Cut | None = None
     lora: Lora | None = None
 
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the source that are needed: rows that go are skipped."""
+        by_row = self.cut is not None and self.cut.dim == 0 and self.lora is None
+        return self.target.size if by_row else self.source.size
+
 
 class Mover:
     """Moves tensors with `threads` threads; keeps its two blocks a thread between tensors."""
@@ -67,7 +73,8 @@ class Mover:
                     f"{error}; fetch it again"
                 ) from None
             first, last = job.outputs(begin, end)
-            self.progress.add((end - begin) * job.in_bytes + (last - first) * job.out_bytes)
+            rows_read = end - begin if move.bytes_read == move.source.size else last - first
+            self.progress.add(rows_read * job.in_bytes + (last - first) * job.out_bytes)
 
     def _compiled(self, job: _Job, begin: int, end: int, source: int, target: int) -> None:
         assert self.compiled is not None
