@@ -131,6 +131,35 @@ class PruneConfig:
             )
 
 
+@dataclass(frozen=True)
+class EvalConfig:
+    """What `maskprune eval` measures."""
+
+    model: str = field(metadata={"help": "Checkpoint folder, hub id, or smollm2-135m."})
+    ppl: str | None = _setting(
+        None, "Text for perplexity: .txt, .jsonl, or dataset[:config][:split]."
+    )
+    seq_len: int = _setting(2048, "Tokens per perplexity window.")
+    tasks: str | None = _setting(
+        None, "lm-eval tasks, comma-separated: names, YAML files, folders of them."
+    )
+    limit: int | None = _setting(None, "At most this many windows, and documents per task.")
+    num_fewshot: int | None = _setting(None, "Shots per task; by default what the task says.")
+    batch_size: int = _setting(1, "Windows or requests per forward pass.")
+    dtype: str = _setting("auto", "auto (as stored), float32, bfloat16 or float16.")
+    device: str = _setting("auto", "auto, cpu, cuda or cuda:N.")
+    json: str | None = _setting(None, "Write the results to this file.")
+    trust_remote_code: bool = _setting(False, "Let code from the model's repository run.")
+
+    def __post_init__(self) -> None:
+        if not self.ppl and not self.tasks:
+            raise ValueError("nothing to evaluate; give --ppl FILE, --tasks NAMES, or both")
+        for name, low in (("seq_len", 2), ("batch_size", 1), ("limit", 1)):
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ValueError(f"{name} is {value}; expected at least {low}")
+
+
 PAPER = dict(
     warm_start="none",
     lora_targets="q_proj,v_proj",
@@ -142,3 +171,65 @@ PAPER = dict(
     batch_size=16,
     seq_len=512,
 )
+
+
+@dataclass(frozen=True)
+class PruneFiles:
+    """Where a run reads and writes."""
+
+    model: str = field(metadata={"help": "Checkpoint folder, hub id, or smollm2-135m."})
+    output: str | None = field(
+        default=None,
+        metadata={"help": "Folder of the stock checkpoint to come.", "aliases": ["-o"]},
+    )
+    data: str | None = _setting(
+        None, "Training text: .txt, .jsonl, folder, or dataset[:config][:split]; C4 by default."
+    )
+    resume: bool = _setting(False, "Continue the run in progress, with the same settings.")
+    overwrite: bool = _setting(False, "Replace an output folder that exists.")
+    dry_run: bool = _setting(False, "Show the plan and stop.")
+    max_shard_size: str = _setting("5GB", "Of one file of weights.")
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What `maskprune plan` lays out, from config.json alone."""
+
+    model: str = field(metadata={"help": "Folder with config.json, hub id, or smollm2-135m."})
+    sparsity: float | None = _setting(None, "Share of the attention and FFN weights that goes.")
+    head_sparsity: float | None = _setting(None, "Share of the head units that goes, by hand.")
+    ffn_sparsity: float | None = _setting(None, "Share of the FFN units that goes, by hand.")
+    head_unit: str = _setting("kv_group", "kv_group or query_head.")
+    multiple_of: int | None = _setting(None, "FFN widths are multiples of it.")
+    arch_fallback: str = _setting("mistral", "mistral, divisor or error.")
+    targets: str | None = _setting(None, "Engines to lint for: vllm,gguf,awq128,fp8,tp=4.")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What `maskprune export` folds and writes, from disk to disk."""
+
+    model: str = field(metadata={"help": "Checkpoint folder or hub id."})
+    masks: str = field(metadata={"help": "Masks file that `maskprune prune` wrote."})
+    output: str = field(metadata={"help": "Folder to write.", "aliases": ["-o"]})
+    adapter: str | None = _setting(None, "PEFT LoRA adapter folder to merge on the way.")
+    arch_fallback: str = _setting("mistral", "mistral, divisor or error.")
+    max_shard_size: str = _setting("5GB", "Of one file of weights.")
+    overwrite: bool = _setting(False, "Replace an output folder that exists.")
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """What `maskprune check` looks at."""
+
+    folder: str = field(metadata={"help": "Checkpoint folder."})
+    against: str | None = _setting(None, "The original model, to compare logits with.")
+    masks: str | None = _setting(None, "The masks file, applied to --against.")
+    targets: str | None = _setting(None, "Engines to lint for: vllm,gguf,awq128,fp8,tp=4.")
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Which run `maskprune report` draws."""
+
+    run: str = field(metadata={"help": "Folder that `maskprune prune` wrote."})

@@ -8,58 +8,19 @@ import re
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from maskprune.config import EvalConfig
 from maskprune.data import Source, read_text
 from maskprune.files import write_json
 from maskprune.version import __version__
 
 ROWS_PER_LOSS = 512
 PROTOCOL = "documents joined by blank lines, one text, windows that do not overlap"
-
-
-@dataclass
-class EvalConfig:
-    """What `maskprune eval` measures."""
-
-    model: str = field(metadata={"help": "Checkpoint folder, hub id, or smollm2-135m."})
-    ppl: str | None = field(
-        default=None,
-        metadata={"help": "Text for perplexity: .txt, .jsonl, or dataset[:config][:split]."},
-    )
-    seq_len: int = field(default=2048, metadata={"help": "Tokens per perplexity window."})
-    tasks: str | None = field(
-        default=None,
-        metadata={"help": "lm-eval tasks, comma-separated: names, YAML files, folders of them."},
-    )
-    limit: int | None = field(
-        default=None, metadata={"help": "At most this many windows, and documents per task."}
-    )
-    num_fewshot: int | None = field(
-        default=None, metadata={"help": "Shots per task; by default what the task says."}
-    )
-    batch_size: int = field(default=1, metadata={"help": "Windows or requests per forward pass."})
-    dtype: str = field(
-        default="auto", metadata={"help": "auto (as stored), float32, bfloat16 or float16."}
-    )
-    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or cuda:N."})
-    json: str | None = field(default=None, metadata={"help": "Write the results to this file."})
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Let code from the model's repository run."}
-    )
-
-    def __post_init__(self) -> None:
-        if not self.ppl and not self.tasks:
-            raise ValueError("nothing to evaluate; give --ppl FILE, --tasks NAMES, or both")
-        for name, least in (("seq_len", 2), ("batch_size", 1), ("limit", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} is {value}; expected at least {least}")
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:

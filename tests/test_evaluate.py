@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from maskprune.evaluate import EvalConfig, evaluate, perplexity, run_tasks
+from maskprune.config import EvalConfig
+from maskprune.evaluate import evaluate, perplexity, run_tasks
 from maskprune.load import check_checkpoint, load_model, resolve_model, torch_device, torch_dtype
 from maskprune.speed import throughput
 
