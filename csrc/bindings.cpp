@@ -23,6 +23,10 @@ void stream_rows(int in_file, std::int64_t in_at, int out_file, std::int64_t out
                  std::int64_t kept_columns, std::uintptr_t column_scale, std::uintptr_t scratch,
                  std::int64_t block_rows, int threads, const std::string& isa);
 
+void minimax_step(std::uintptr_t head, std::int64_t head_rows, std::int64_t head_units,
+                  std::uintptr_t ffn, std::int64_t ffn_rows, std::int64_t ffn_units,
+                  std::uintptr_t state, std::uintptr_t table, std::int64_t splits,
+                  const std::vector<float>& rates, int threads, const std::string& isa);
 void least_s_prox(const std::vector<std::uintptr_t>& rows,
                   const std::vector<std::int64_t>& lengths, std::uintptr_t s,
                   std::int64_t s_stride, float shrink, std::uintptr_t sum_sq,
@@ -62,6 +66,7 @@ PYBIND11_MODULE(_C, m) {
       PyErr_SetObject(PyExc_OSError, py::make_tuple(error.code().value(), error.what()).ptr());
     }
   });
+  m.def("minimax_step", &minimax_step, py::call_guard<py::gil_scoped_release>());
   m.def("least_s_prox", &least_s_prox, py::call_guard<py::gil_scoped_release>());
   m.def("masked_swiglu_forward", &maskprune::masked_swiglu_forward,
         py::call_guard<py::gil_scoped_release>());

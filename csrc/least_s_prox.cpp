@@ -110,15 +110,17 @@ TARGET inline int64_t compress_into(int32_t __attribute__((vector_size(64))) key
 
 }  // namespace
 
-ProxRow prox_row_for(const std::string& name) {
+RowFunctions row_functions(const std::string& name) {
   const bool any = name == "auto";
 #if defined(__x86_64__)
   const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && (any || name == "avx512")) return avx512::prox_row;
-  if (__builtin_cpu_supports("avx2") && (any || name == "avx2")) return avx2::prox_row;
+  if (has_avx512 && (any || name == "avx512"))
+    return {avx512::prox_row, avx512::has_nan, avx512::clamp};
+  if (__builtin_cpu_supports("avx2") && (any || name == "avx2"))
+    return {avx2::prox_row, avx2::has_nan, avx2::clamp};
 #endif
-  if (any || name == "portable") return portable::prox_row;
+  if (any || name == "portable") return {portable::prox_row, portable::has_nan, portable::clamp};
   throw std::invalid_argument("least_s_prox: isa '" + name +
                               "' does not run on this machine; use auto or portable");
 }
@@ -129,6 +131,11 @@ int64_t entries_to_shrink(float s, int64_t n) {
   return int64_t(std::min(std::max(double(std::ceil(s)), 0.0), double(n)));
 }
 
+int team_for(int64_t rows, int64_t entries, int threads) {
+  const int64_t useful = std::min(rows, entries / ENTRIES_PER_THREAD + 1);
+  return int(std::max<int64_t>(1, std::min<int64_t>(threads, useful)));
+}
+
 }  // namespace maskprune
 
 // rows: addresses of the first entries; lengths, s: one per row, or one for all with stride 0.
@@ -137,7 +144,7 @@ void least_s_prox(const std::vector<std::uintptr_t>& rows, const std::vector<int
                   std::uintptr_t sum_sq_address, std::uintptr_t next_sq_address, int threads,
                   const std::string& isa) {
   using namespace maskprune;
-  const ProxRow prox_row = prox_row_for(isa);
+  const RowFunctions row = row_functions(isa);
   const int64_t count = int64_t(rows.size());
   if (lengths.size() != rows.size())
     throw std::invalid_argument("least_s_prox: " + std::to_string(lengths.size()) +
@@ -150,9 +157,7 @@ void least_s_prox(const std::vector<std::uintptr_t>& rows, const std::vector<int
     longest = std::max(longest, n);
     entries += n;
   }
-  const int64_t useful = std::min(count, entries / ENTRIES_PER_THREAD + 1);
-  const int team = int(std::max<int64_t>(1, std::min<int64_t>(threads, useful)));
-#pragma omp parallel num_threads(team)
+#pragma omp parallel num_threads(team_for(count, entries, threads))
   {
     const std::unique_ptr<int32_t[]> scratch(new int32_t[2 * longest]);
 #pragma omp for schedule(dynamic, 1)
@@ -162,7 +167,7 @@ void least_s_prox(const std::vector<std::uintptr_t>& rows, const std::vector<int
       RowSums sums = not_a_number();
       if (k >= 0 && !std::isnan(shrink))
         sums = n == 0 ? RowSums{0.0f, 0.0f}
-                      : prox_row(reinterpret_cast<float*>(rows[i]), n, k, shrink, scratch.get());
+                      : row.prox(reinterpret_cast<float*>(rows[i]), n, k, shrink, scratch.get());
       sum_sq[i] = sums.sum_sq;
       next_sq[i] = sums.next_sq;
     }

@@ -254,3 +254,19 @@ TARGET static RowSums prox_row(float* m, int64_t n, int64_t k, float shrink, int
   const float top = value_of_key(largest) * shrink;
   return {float(total), top * top};
 }
+
+TARGET static bool has_nan(const float* m, int64_t n) {
+  return extremes(reinterpret_cast<const bits_view*>(m), n).largest > INFINITY_KEY;
+}
+
+TARGET static void clamp(float* m, int64_t n) {
+  int64_t i = 0;
+  for (; i + WIDTH <= n; i += WIDTH) {
+    fvec x;
+    __builtin_memcpy(&x, m + i, sizeof x);
+    x = x > 0.0f ? x : fvec{};
+    x = x < 1.0f ? x : fvec{} + 1.0f;
+    __builtin_memcpy(m + i, &x, sizeof x);
+  }
+  for (; i < n; ++i) m[i] = std::min(std::max(m[i], 0.0f), 1.0f);
+}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from maskprune.ops.backend import choose
+from maskprune.ops.backend import choose, extension
 from maskprune.ops.least_s_prox import least_s_prox_
 
 # Where each scalar lives in the float32 state vector on the device.
@@ -99,10 +99,22 @@ def minimax_step_(
         state: (len(FIELDS),) float32, updated in place.
         table: (K, 2) float32, the legal splits as pruned units per row, each with R <= R*.
         rates: constants of the run.
+        backend: "auto", "reference", "cpp" (one call) or "triton" (one launch). They agree on
+            every choice and, in the scalars, to float32 rounding.
+
+    Raises:
+        ValueError: a shape, device or layout that is not the above, or an unknown backend.
+        TypeError: a dtype other than float32.
+        RuntimeError: an explicit backend that is not available here.
 
     Source: MaskPrune (arXiv 2502.14008), Algorithm 1, in the normalised form of docs/method.md.
     """
-    reference(head, ffn, state, table, rates, backend=choose("minimax_step_", backend, ffn))
+    _check(head, ffn, state, table)
+    match choose("minimax_step_", backend, ffn):
+        case "cpp":
+            cpp(head, ffn, state, table, rates)
+        case _:
+            reference(head, ffn, state, table, rates)
 
 
 @torch.no_grad()
@@ -112,7 +124,6 @@ def reference(
     state: torch.Tensor,
     table: torch.Tensor,
     rates: Rates,
-    backend: str = "reference",
 ) -> None:
     """The definition in plain torch; decisions are `torch.where`, never a branch on a value."""
     v = dict(zip(FIELDS, state.clone().unbind(), strict=True))
@@ -135,7 +146,7 @@ def reference(
         if not m.numel():
             continue
         shrunk = m.clamp(0.0, 1.0)
-        least = least_s_prox_(shrunk, v[f"s_{name}"], factor, backend=backend)
+        least = least_s_prox_(shrunk, v[f"s_{name}"], factor, backend="reference")
         m.copy_(torch.where(failed, m, shrunk))
         S = S + a * least.sum_sq.mean() / m.shape[1]
         v[f"next_{name}"] = least.next_sq.mean()
@@ -191,3 +202,70 @@ def reference(
     new = torch.stack([v[name] for name in FIELDS])
     state.copy_(torch.where(failed, state, new))
     state[INDEX["failed"]] = failed.to(state.dtype)
+
+
+def rate_vector(rates: Rates) -> list[float]:
+    """The constants as the C++ and Triton backends take them."""
+    return [
+        rates.a_head,
+        rates.a_ffn,
+        rates.R_star,
+        float(rates.total_steps),
+        rates.eta1,
+        math.log(rates.eta1_end / rates.eta1),
+        rates.eta2,
+        rates.eta3,
+        rates.eta4,
+        rates.reach,
+        float(rates.interval),
+        rates.lock_gap,
+        float(rates.scheduled),
+    ]
+
+
+def cpp(
+    head: torch.Tensor,
+    ffn: torch.Tensor,
+    state: torch.Tensor,
+    table: torch.Tensor,
+    rates: Rates,
+    isa: str = "auto",
+) -> None:
+    """The C++ backend; `isa` is one of `least_s_prox.ISAS`."""
+    lib = extension()
+    assert lib is not None, "choose() lets nothing through without the extension"
+    for changed in (head, ffn, state):
+        torch.autograd.graph.increment_version(changed)
+    lib.minimax_step(
+        head.data_ptr(),
+        len(head),
+        head.shape[1],
+        ffn.data_ptr(),
+        len(ffn),
+        ffn.shape[1],
+        state.data_ptr(),
+        table.data_ptr(),
+        len(table),
+        rate_vector(rates),
+        torch.get_num_threads(),
+        isa,
+    )
+
+
+def _check(head: torch.Tensor, ffn: torch.Tensor, state: torch.Tensor, table: torch.Tensor) -> None:
+    expected = {
+        "head": (head, "(rows, D_head)", head.dim() == 2),
+        "ffn": (ffn, "(rows, D_ffn), not empty", ffn.dim() == 2 and ffn.numel() > 0),
+        "state": (state, f"({len(FIELDS)},)", state.shape == (len(FIELDS),)),
+        "table": (table, "(K, 2), K > 0", table.dim() == 2 and table.shape[1] == 2 and len(table)),
+    }
+    for name, (x, shape, fits) in expected.items():
+        if not fits:
+            raise ValueError(f"minimax_step_: {name} is {tuple(x.shape)}; expected {shape}")
+        if x.dtype != torch.float32:
+            raise TypeError(f"minimax_step_: {name} is {x.dtype}; expected float32; use .float()")
+        if x.device != ffn.device or not x.is_contiguous():
+            raise ValueError(
+                f"minimax_step_: {name} is on {x.device} with strides {x.stride()}; expected a "
+                f"contiguous tensor on {ffn.device}, where the masks are"
+            )
