@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -68,7 +69,7 @@ def unfusable(mlp: nn.Module, activation: str) -> str | None:
 
 
 def _forward(
-    mlp: nn.Module, activation: str, mask_getter: MaskGetter, x: torch.Tensor
+    mlp: Any, activation: str, mask_getter: MaskGetter, x: torch.Tensor
 ) -> torch.Tensor:
     mask = mask_getter()
     if mask is None:

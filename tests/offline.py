@@ -46,7 +46,8 @@ class Case:
 
     def name(self) -> str:
         sizes = "-".join(f"{k}{v}" for k, v in self.constants.items() if v is not None)
-        return f"{self.kernel}-{sizes}-w{self.warps}"
+        first = next(iter(self.types.values())).removeprefix("*")
+        return f"{self.kernel}-{first}-{sizes}-w{self.warps}"
 
 
 def compile_all(cases: list[Case]) -> dict[str, dict[str, Any]]:

@@ -3,6 +3,8 @@
 Add an operation by adding its cases to CASES; see `offline.Case` for the fields.
 """
 
+import itertools
+
 import pytest
 from offline import Case, compile_all
 
@@ -57,7 +59,73 @@ def prox_cases() -> list[Case]:
     return cases
 
 
-CASES = [*prox_cases()]
+def swiglu_cases() -> list[Case]:
+    from maskprune.kernels.masked_swiglu import BLOCK_F, BLOCK_T, WARPS
+
+    cases = []
+    for (dtype, size), gelu in itertools.product((("*bf16", 2), ("*fp32", 4)), (False, True)):
+        constants = {"GELU": gelu, "BLOCK_T": BLOCK_T[size], "BLOCK_F": BLOCK_F}
+        inputs = {"gate_ptr": dtype, "up_ptr": dtype, "m_ptr": "*fp32"}
+        sizes = dict.fromkeys(("T", "F", "stride_gt", "stride_ut"), "i32")
+        forward = inputs | {"out_ptr": dtype} | sizes
+        grads = {"dout_ptr": dtype, "dgate_ptr": dtype, "dup_ptr": dtype, "partial_ptr": "*fp32"}
+        backward = inputs | grads | sizes | {"slab": "i32", "stride_dt": "i32"}
+        for kernel, types in (("forward", forward), ("backward", backward)):
+            cases.append(
+                Case(
+                    module="masked_swiglu",
+                    kernel=f"masked_swiglu_{kernel}",
+                    types=types,
+                    constants=constants,
+                    warps=WARPS,
+                    divisible=tuple(name for name in types if name not in ("T", "slab")),
+                )
+            )
+    return cases
+
+
+def heads_cases() -> list[Case]:
+    from maskprune.kernels.scale_heads import WARPS, tile_of
+
+    cases = []
+    for dtype, size in (*(("*bf16", D) for D in (64, 96, 128, 256)), ("*fp32", 128)):
+        sizes = dict.fromkeys(("T", "H", "stride_xt"), "i32")
+        forward = {"x_ptr": dtype, "m_ptr": "*fp32", "out_ptr": dtype} | sizes
+        grads = {"dout_ptr": dtype, "dx_ptr": dtype, "partial_ptr": "*fp32"}
+        backward = {"x_ptr": dtype, "m_ptr": "*fp32"} | grads | sizes
+        backward |= {"slab": "i32", "stride_dt": "i32"}
+        for kernel, types in (("forward", forward), ("backward", backward)):
+            cases.append(
+                Case(
+                    module="scale_heads",
+                    kernel=f"scale_heads_{kernel}",
+                    types=types,
+                    constants={"D": size, **tile_of(size)},
+                    warps=WARPS,
+                    divisible=tuple(n for n in types if n not in ("T", "H", "slab")),
+                )
+            )
+    return cases
+
+
+def slab_cases() -> list[Case]:
+    from maskprune.kernels.slabs import BLOCK_N, BLOCK_S
+
+    types = {"partial_ptr": "*fp32", "out_ptr": "*fp32", "S": "i32", "N": "i32"}
+    return [
+        Case(
+            module="slabs",
+            kernel="sum_slabs",
+            types=types,
+            constants={"BLOCK_S": BLOCK_S, "BLOCK_N": BLOCK_N},
+            warps=4,
+            divisible=("partial_ptr", "out_ptr", "N"),
+            wide=False,
+        )
+    ]
+
+
+CASES = [*prox_cases(), *swiglu_cases(), *heads_cases(), *slab_cases()]
 
 
 @pytest.fixture(scope="module")
