@@ -79,6 +79,9 @@ class Mover:
     def _compiled(self, job: _Job, begin: int, end: int, source: int, target: int) -> None:
         assert self.compiled is not None
         first, last = job.outputs(begin, end)
+        # An empty index has a null pointer, which the loop would take for "all".
+        if first == last or not job.out_width:
+            return
         block_rows = max(1, BLOCK_BYTES // max(1, job.in_bytes))
         needed = self.threads * block_rows * (job.in_bytes + job.out_bytes)
         if self._scratch.numel() < needed:

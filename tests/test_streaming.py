@@ -17,7 +17,7 @@ from models import randomise, tiny_model
 from safetensors.torch import load_file, save_file
 
 from maskprune import streaming, tensor_stream
-from maskprune.export import export, save_stock
+from maskprune.exporter import export, save_stock
 from maskprune.families import FAMILIES
 from maskprune.masks import attach_masks
 from maskprune.streaming import export_checkpoint
@@ -484,3 +484,22 @@ def test_a_kill_never_leaves_a_folder_that_looks_finished():
     done = subprocess.run(script, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "4 kills" in done.stdout
+
+
+def test_a_stretch_of_rows_that_all_go_writes_nothing(tmp_path, monkeypatch):
+    """The last piece of a tensor keeps no row: its bytes must not land behind the tensor."""
+    from maskprune.byte_progress import ByteProgress
+    from maskprune.cuts import Cut
+    from maskprune.safetensors_io import Planned, read_header
+
+    weight = torch.arange(64.0).reshape(16, 4)
+    save_file({"w": weight}, tmp_path / "x")
+    monkeypatch.setattr(tensor_stream, "PIECE_BYTES", 64)
+    for keep in ([0, 3], [9], []):
+        cut = Cut(0, torch.tensor(keep, dtype=torch.int64))
+        target = Planned("w", "F32", (len(keep), 4), 16 * len(keep))
+        move = tensor_stream.Move(read_header(tmp_path / "x")["w"], target, cut)
+        with (tmp_path / "x").open("rb") as source, (tmp_path / "y").open("wb") as out:
+            mover = tensor_stream.Mover(ByteProgress(0, "", False), 1)
+            mover.move(move, source.fileno(), out.fileno())
+        assert (tmp_path / "y").read_bytes() == weight[keep].numpy().tobytes()
