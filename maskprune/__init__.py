@@ -1,5 +1,61 @@
-"""maskprune: structured pruning that gives back a stock, uniform, proven checkpoint."""
+"""maskprune: structured pruning that gives back a stock, uniform, proven checkpoint.
+
+Names are loaded on first use, so that the command line answers `--help` without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from maskprune.version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from maskprune import ops
+    from maskprune.budget import Budget
+    from maskprune.config import PruneConfig
+    from maskprune.exporter import export
+    from maskprune.masks import Masks, attach_masks, load_masks
+    from maskprune.minimax import Minimax
+    from maskprune.streaming import export_checkpoint
+    from maskprune.training import PruneCallback, PruneResult, prune
+
+_HOMES = {
+    "Budget": "budget",
+    "Masks": "masks",
+    "Minimax": "minimax",
+    "PruneCallback": "training",
+    "PruneConfig": "config",
+    "PruneResult": "training",
+    "attach_masks": "masks",
+    "export": "exporter",
+    "export_checkpoint": "streaming",
+    "load_masks": "masks",
+    "prune": "training",
+}
+
+__all__ = [
+    "Budget",
+    "Masks",
+    "Minimax",
+    "PruneCallback",
+    "PruneConfig",
+    "PruneResult",
+    "__version__",
+    "attach_masks",
+    "export",
+    "export_checkpoint",
+    "load_masks",
+    "ops",
+    "prune",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return importlib.import_module("maskprune.ops")
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"maskprune.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'maskprune' has no attribute {name!r}")

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from maskprune.families import layers_of
+from maskprune.families import layers_of, stock_model
 from maskprune.masks import Masks
 
 KL_DIRECTIONS = ("teacher_student", "student_teacher")
@@ -82,9 +82,9 @@ class DistillLoss:
 
 
 @contextlib.contextmanager
-def teacher_mode(model: nn.Module, masks: Masks) -> Iterator[None]:
+def teacher_mode(model: Any, masks: Masks) -> Iterator[None]:
     """The dense self: masks off, adapters off, no gradients, no dropout."""
-    adapters = model.disable_adapter() if hasattr(model, "disable_adapter") else None
+    adapters: Any = model.disable_adapter() if hasattr(model, "disable_adapter") else None
     training = model.training
     with torch.no_grad(), masks.off(), adapters or contextlib.nullcontext():
         model.eval()
@@ -113,7 +113,7 @@ def distill(
         alpha: weight of the hidden-state term; 0 leaves it out.
         kl_direction: see `token_kl`.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = stock_model(model)
     if alpha == 0 or getattr(base, "is_gradient_checkpointing", False):
         student, teacher, layer = _teacher_first(model, base, masks, input_ids, alpha != 0)
     else:

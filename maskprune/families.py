@@ -137,9 +137,14 @@ def get_submodule(module: nn.Module, path: str) -> nn.Module:
     return module.get_submodule(path) if path else module
 
 
-def layers_of(model: nn.Module) -> Sequence[nn.Module]:
+def stock_model(model: Any) -> Any:
+    """The transformers model itself, inside a PEFT wrapper or not."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def layers_of(model: Any) -> Sequence[nn.Module]:
     """The L transformer blocks of a stock model, also inside a PEFT wrapper."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = stock_model(model)
     return list(get_submodule(base, family_of(base.config).layers).children())
 
 

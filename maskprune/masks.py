@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from torch import nn
 
 from maskprune.cuts import Shape, mask_rows, query_head_mask
 from maskprune.families import (
+    FAMILIES,
     attention_output,
     family_of,
     ffn_output,
     get_submodule,
     layers_of,
+    stock_model,
 )
 from maskprune.files import replace_file
 from maskprune.fused import fuse_ffn, unfusable
@@ -52,7 +55,7 @@ class Masks(nn.Module):
         self.source = source
         self.enabled = True
         rows, units = mask_rows(shape, head_unit)
-        if not _prunes_heads(family):
+        if not FAMILIES[family].prunes_heads:
             rows = units = 0
         self.head = nn.Parameter(torch.ones(rows, units, dtype=torch.float32))
         self.ffn = nn.Parameter(torch.ones(shape.layers, shape.ffn, dtype=torch.float32))
@@ -123,12 +126,6 @@ class Masks(nn.Module):
         }
 
 
-def _prunes_heads(family: str) -> bool:
-    from maskprune.families import FAMILIES
-
-    return FAMILIES[family].prunes_heads
-
-
 def load_masks(path: str | Path) -> Masks:
     """Read a masks file that `Masks.save` wrote; attach it with `attach_masks(model, masks=...)`.
 
@@ -195,7 +192,7 @@ def attach_masks(
         ValueError: unknown family, unknown unit, or masks of another shape or family.
         RuntimeError: the model has masks already.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = stock_model(model)
     family, shape = family_of(base.config), shape_of(base.config)
     if hasattr(base, "maskprune"):
         raise RuntimeError("the model has masks already; call their detach() first")
@@ -219,9 +216,9 @@ def attach_masks(
             module = attention_output(layer, family)
             hook = module.register_forward_pre_hook(_head_hook(masks, index))
             undo.append(hook.remove)
-            masks._hooked.append((module, lambda a=layer: attention_output(a, family)))
+            masks._hooked.append((module, partial(attention_output, layer, family)))
         module = ffn_output(layer, family)
-        masks._hooked.append((module, lambda a=layer: ffn_output(a, family)))
+        masks._hooked.append((module, partial(ffn_output, layer, family)))
         mlp = get_submodule(layer, family.ffn)
         # Unasked, an FFN that something else has patched keeps the hook; asked, it is refused.
         if fuse and (fused or not unfusable(mlp, family.activation)):

@@ -25,7 +25,7 @@ from maskprune.config import PruneConfig
 from maskprune.cuts import Shape
 from maskprune.data import block_order, token_blocks
 from maskprune.distill import distill
-from maskprune.export import export
+from maskprune.exporter import export
 from maskprune.masks import Masks, attach_masks
 from maskprune.minimax import Minimax
 from maskprune.progress import Progress
@@ -81,10 +81,9 @@ class PruneTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> Any:
         if self.optimizer is None:
+            trained: Any = self.model
             mask_ids = {id(p) for p in self.masks.parameters()}
-            weights = [
-                p for p in self.model.parameters() if p.requires_grad and id(p) not in mask_ids
-            ]
+            weights = [p for p in trained.parameters() if p.requires_grad and id(p) not in mask_ids]
             self.optimizer = torch.optim.AdamW(
                 [
                     {"params": weights, "lr": self.config.learning_rate, "weight_decay": 0.0},
@@ -107,13 +106,13 @@ class PruneTrainer(Trainer):
             def masks(step: int) -> float:
                 return min(1.0, (1 - step / T) / 0.1)
 
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer or self.optimizer, [weights, masks]
-            )
+            target: Any = optimizer or self.optimizer
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(target, [weights, masks])
         return self.lr_scheduler
 
     def _get_train_sampler(self, *_: Any) -> Any:
-        return SequentialSampler(self.train_dataset)
+        blocks: Any = self.train_dataset
+        return SequentialSampler(blocks)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -145,7 +144,7 @@ class PruneTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.require_finite()
         super()._save_checkpoint(model, trial)
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         if self.is_world_process_zero():
             save_solver(folder, dict(self.masks.named_parameters()), self.solver.state_dict())
             mark_complete(folder)

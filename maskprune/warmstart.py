@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from maskprune.budget import Budget
-from maskprune.families import attention_output, ffn_output, layers_of
+from maskprune.families import FAMILIES, attention_output, ffn_output, layers_of, stock_model
 from maskprune.masks import Masks
 
 WARM_STARTS = ("none", "wanda-sp", "taylor")
@@ -70,7 +70,7 @@ def taylor(model: nn.Module, masks: Masks, blocks: torch.Tensor, batch: int = 4)
     Returns:
         head (L, H) per query head, ffn (L, F), float32; comparable with each other.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = stock_model(model)
     shape = masks.shape
     device = blocks.device
     head = torch.zeros(shape.layers, shape.heads, device=device)
@@ -81,8 +81,6 @@ def taylor(model: nn.Module, masks: Masks, blocks: torch.Tensor, batch: int = 4)
         if kind == "head":
             salience = salience.unflatten(-1, (shape.heads, shape.head_dim)).sum(-1)
         (head if kind == "head" else ffn)[layer] += salience.pow(2).flatten(0, -2).sum(0)
-
-    from maskprune.families import FAMILIES
 
     training = model.training
     frozen = [p for p in model.parameters() if p.requires_grad]
@@ -115,8 +113,6 @@ def wanda_sp(model: nn.Module, masks: Masks, blocks: torch.Tensor, batch: int = 
     Returns:
         head (L, H) per query head, ffn (L, F), float32; comparable within a row only.
     """
-    from maskprune.families import FAMILIES
-
     family, shape = FAMILIES[masks.family], masks.shape
     squares: dict[tuple[str, int], torch.Tensor] = {}
 

@@ -9,7 +9,7 @@ import torch
 from models import randomise, tiny_model, tokens
 from transformers import AutoModelForCausalLM
 
-from maskprune.export import compare_logits, export, final_shape, save_stock
+from maskprune.exporter import compare_logits, export, final_shape, save_stock
 from maskprune.families import FAMILIES
 from maskprune.masks import attach_masks, load_masks
 

@@ -10,7 +10,7 @@ import torch
 from models import VOCAB, tiny_model, tokens
 
 from maskprune.config import PruneConfig
-from maskprune.export import compare_logits
+from maskprune.exporter import compare_logits
 from maskprune.training import PruneTrainer, prune
 
 QUICK = dict(

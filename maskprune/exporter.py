@@ -12,7 +12,7 @@ from torch import nn
 
 from maskprune import ops
 from maskprune.cuts import Cut, Shape, layer_cuts, pruned_shape
-from maskprune.families import family_of
+from maskprune.families import FAMILIES, family_of, stock_model
 from maskprune.masks import Masks
 from maskprune.stock import write_stock_files
 from maskprune.target import target_config
@@ -52,8 +52,6 @@ def apply_cut(weight: torch.Tensor, cut: Cut) -> torch.Tensor:
 
 def cuts_by_name(masks: Masks) -> dict[str, Cut]:
     """The cut of every tensor of the stock state dict that pruning touches."""
-    from maskprune.families import FAMILIES
-
     family, heads = FAMILIES[masks.family], masks.query_heads()
     cuts = {}
     for layer in range(masks.shape.layers):
@@ -69,7 +67,7 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
     A merged weight comes in float32, to be rounded once, after the fold; others as they are.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = stock_model(model)
     adapted = {
         name: module
         for name, module in base.named_modules()
@@ -105,7 +103,7 @@ def export(model: nn.Module, masks: Masks, *, arch_fallback: str = "mistral") ->
     """
     from transformers import AutoModelForCausalLM
 
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = stock_model(model)
     family_of(base.config)
     config = target_config(base.config, final_shape(masks), arch_fallback)
     dtype = base.dtype

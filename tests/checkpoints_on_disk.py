@@ -1,0 +1,41 @@
+"""A tiny stock checkpoint with a tokenizer and a text, on disk, for tests of the commands."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from models import tiny_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+WORDS = [f"w{i}" for i in range(60)]
+
+
+def write_checkpoint(folder: Path, family: str = "llama", **changes: Any) -> Path:
+    """Save a tiny random model with a word tokenizer that knows w0 .. w59."""
+    model = tiny_model(family, **changes)
+    model.save_pretrained(folder)
+    vocab = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    core = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
+    core.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    ).save_pretrained(folder)
+    return folder
+
+
+def write_text(path: Path, documents: int = 60) -> Path:
+    """A JSONL file of word documents."""
+    rows = (
+        {"text": " ".join(WORDS[(i * 7 + j * j) % 60] for j in range(30))} for i in range(documents)
+    )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

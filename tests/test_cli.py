@@ -1,0 +1,227 @@
+"""The commands as a user types them: the whole job end to end, and every way to get it wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints_on_disk import write_checkpoint, write_text
+
+from maskprune.cli import COMMANDS, main
+
+PRUNE = (
+    "--sparsity 0.3 --steps 24 --batch-size 2 --seq-len 16 --multiple_of 4 --warm-start-blocks 4 "
+    "--lora-r 2 --autocast none --learning-rate 3e-3 --save-steps 8"
+).split()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    write_checkpoint(folder / "model", num_hidden_layers=3)
+    write_text(folder / "text.jsonl")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pruned(place) -> Path:
+    out = place / "out"
+    code = main(
+        ["prune", str(place / "model"), "-o", str(out), *PRUNE, "--data", str(place / "text.jsonl")]
+    )
+    assert code == 0
+    return out
+
+
+def test_prune_writes_a_stock_checkpoint_and_its_record(pruned):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(pruned)
+    record = json.loads((pruned / "maskprune.json").read_text())
+    assert record["shape"]["ffn"] == model.config.intermediate_size < 24
+    assert record["logits_masked_against_exported"]["relative"] < 1e-4
+    assert record["settings"]["seed"] == 0 and "torch" in record["versions"]
+    assert len(AutoTokenizer.from_pretrained(pruned)("w1 w2").input_ids) == 2
+    rows = [json.loads(line) for line in (pruned / "trace.jsonl").read_text().splitlines()]
+    assert rows[-1]["R"] <= rows[-1]["R_star"] + 1e-6
+    assert not (pruned.parent / "out.run").exists()
+    assert "library_name: transformers" in (pruned / "README.md").read_text()
+
+
+def test_check_proves_it_equal_to_the_masked_model(pruned, place, capsys):
+    code = main(
+        [
+            "check",
+            str(pruned),
+            "--against",
+            str(place / "model"),
+            "--masks",
+            str(pruned / "masks.safetensors"),
+            "--targets",
+            "gguf,tp=2",
+        ]
+    )
+    out = capsys.readouterr().out
+    assert code == 0, out
+    assert "equals the masked model" in out and "needs no remote code" in out
+
+
+def test_check_finds_a_checkpoint_that_is_not_equal(pruned, place, capsys):
+    assert main(["check", str(pruned), "--against", str(place / "model")]) == 1
+    assert "FAIL  differs from the masked model" in capsys.readouterr().out
+
+
+def test_export_from_the_masks_file_writes_the_same_weights(pruned, place, tmp_path):
+    from safetensors.torch import load_file
+
+    code = main(
+        [
+            "export",
+            str(place / "model"),
+            "--masks",
+            str(pruned / "masks.safetensors"),
+            "--adapter",
+            str(pruned / "adapter"),
+            "-o",
+            str(tmp_path / "again"),
+        ]
+    )
+    assert code == 0
+    ours = load_file(tmp_path / "again" / "model.safetensors")
+    theirs = load_file(pruned / "model.safetensors")
+    assert set(ours) == set(theirs)
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_eval_and_report_read_the_result(pruned, place, capsys):
+    assert main(["eval", str(pruned), "--ppl", str(place / "text.jsonl"), "--seq-len", "16"]) == 0
+    assert json.loads(capsys.readouterr().out)["perplexity"]["ppl"] > 1
+    assert main(["report", str(pruned)]) == 0
+    assert Path(capsys.readouterr().out.strip()).is_file()
+
+
+def test_plan_and_dry_run_write_nothing(place, capsys, tmp_path):
+    assert main(["plan", str(place / "model"), "--sparsity", "0.3", "--multiple_of", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert "FFN width" in shown and "config class" in shown
+    assert main(["prune", str(place / "model"), *PRUNE, "--dry-run"]) == 0
+    assert capsys.readouterr().out == shown
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_recipe_gives_the_flags_and_flags_win(place, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("sparsity: 0.1\nmultiple-of: 4\n")
+    assert main(["plan", str(place / "model"), "--config", str(recipe), "--sparsity", "0.3"]) == 0
+    by_recipe = capsys.readouterr().out
+    assert main(["plan", str(place / "model"), "--sparsity", "0.3", "--multiple_of", "4"]) == 0
+    assert capsys.readouterr().out == by_recipe
+
+
+def test_help_imports_no_torch():
+    code = (
+        "import sys, contextlib\nfrom maskprune.cli import main\n"
+        "with contextlib.suppress(SystemExit): main(['prune', '--help'])\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "--sparsity" in done.stdout
+
+
+def test_info_names_each_backend(capsys):
+    assert main(["info"]) == 0
+    assert {"backend cpp", "backend triton"} <= {
+        line[:14].strip() for line in capsys.readouterr().out.splitlines()
+    }
+
+
+def test_an_interrupted_run_is_not_overwritten_by_a_new_one(place, tmp_path, capsys):
+    (tmp_path / "x.run" / "checkpoint-8").mkdir(parents=True)
+    arguments = ["prune", str(place / "model"), "-o", str(tmp_path / "x"), *PRUNE]
+    assert main([*arguments, "--data", str(place / "text.jsonl")]) == 2
+    assert "continue it with --resume" in capsys.readouterr().err
+
+
+def _bad(place: Path) -> dict[str, tuple[list[str], str]]:
+    model, text = str(place / "model"), str(place / "text.jsonl")
+    data = ["--data", text]
+    (place / "empty.jsonl").write_text("")
+    (place / "no_text.jsonl").write_text('{"words": "w1"}\n')
+    (place / "short.txt").write_text("w1 w2 w3")
+    (place / "keys.yaml").write_text("sparsty: 0.2\n")
+    (place / "full").mkdir(exist_ok=True)
+    (place / "full" / "file").write_text("x")
+    return {
+        "no such model": (
+            ["/nowhere/at/all", *PRUNE, *data],
+            "no config could be read|not a folder",
+        ),
+        "sparsity 0": ([model, *PRUNE, *data, "--sparsity", "0"], "sparsity is 0.0"),
+        "sparsity out of reach": ([model, *PRUNE, *data, "--sparsity", "0.97"], "is not reachable"),
+        "too few steps": ([model, *PRUNE, *data, "--steps", "3"], "steps is 3; expected at least"),
+        "missing data": ([model, *PRUNE, "--data", "gone.jsonl"], "gone.jsonl"),
+        "empty data": ([model, *PRUNE, "--data", str(place / "empty.jsonl")], "empty"),
+        "no text key": ([model, *PRUNE, "--data", str(place / "no_text.jsonl")], "text"),
+        "short data": ([model, *PRUNE, "--data", str(place / "short.txt")], "tokens"),
+        "output exists": ([model, *PRUNE, *data, "-o", str(place / "full")], "not empty"),
+        "unknown key": (
+            [model, *PRUNE, "--config", str(place / "keys.yaml")],
+            "unknown keys spars",
+        ),
+        "nothing to resume": ([model, *PRUNE, *data, "--resume"], "no run in progress"),
+    }
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "no such model",
+        "sparsity 0",
+        "sparsity out of reach",
+        "too few steps",
+        "missing data",
+        "empty data",
+        "no text key",
+        "short data",
+        "output exists",
+        "unknown key",
+        "nothing to resume",
+    ],
+)
+def test_bad_input_is_one_line_exit_code_2_and_nothing_written(case, place, tmp_path, capsys):
+    import re
+
+    arguments, message = _bad(place)[case]
+    if "-o" not in arguments:
+        arguments = [*arguments, "-o", str(tmp_path / "new")]
+    assert main(["prune", *arguments]) == 2
+    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("maskprune")]
+    assert len(err) == 1 and re.search(message, err[0]), err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_tokenizer_and_pickled_weights_are_refused(place, tmp_path, capsys):
+    import shutil
+
+    bare = tmp_path / "bare"
+    shutil.copytree(place / "model", bare)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (bare / name).unlink()
+    data = ["--data", str(place / "text.jsonl"), "-o", str(tmp_path / "new")]
+    assert main(["prune", str(bare), *PRUNE, *data]) == 2
+    assert "tokenizer" in capsys.readouterr().err
+    (bare / "model.safetensors").rename(bare / "pytorch_model.bin")
+    assert main(["prune", str(bare), *PRUNE, *data]) == 2
+    assert "safetensors" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_unknown_command_lists_those_there_are(capsys):
+    assert main(["prun"]) == 2
+    err = capsys.readouterr().err
+    assert all(name in err for name in COMMANDS)
