@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from maskprune.cuts import Cut, Shape
-from maskprune.export import cuts_by_name
+from maskprune.exporter import cuts_by_name
 from maskprune.families import family_of
 from maskprune.lora import TORCH_DTYPES, Lora, read_adapter
 from maskprune.masks import Masks

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from maskprune.byte_progress import ByteProgress
+from maskprune.card import model_card
 from maskprune.cuts import Shape
-from maskprune.export import export, final_shape, save_stock
+from maskprune.exporter import export, final_shape, save_stock
 from maskprune.files import new_folder, require_new_folder
 from maskprune.load import gguf_file, load_model, resolve_model
 from maskprune.masks import Masks, attach_masks, load_masks
@@ -27,6 +28,7 @@ from maskprune.safetensors_io import INDEX_NAME, index_json, parse_size
 from maskprune.stock import write_stock_files
 from maskprune.stream_plan import StreamPlan, plan_stream
 from maskprune.tensor_stream import Move, Mover
+from maskprune.version import __version__
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,18 @@ class Exported:
     bytes_read: int
     bytes_written: int
     dropped: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.path}: {self.config.model_type}, {self.shape}; "
+            f"{self.bytes_written / 1e9:.2f} GB of weights"
+        ]
+        if self.dropped:
+            lines.append(
+                f"left out {len(self.dropped)} tensors that the class has no place for, "
+                f"first {self.dropped[0]}"
+            )
+        return "\n".join(lines)
 
 
 def export_checkpoint(
@@ -91,7 +105,8 @@ def export_checkpoint(
         _require_space(out, plan.bytes_written)
         with new_folder(out, overwrite) as building:
             _write_weights(plan, building, progress, backend)
-            write_stock_files(building, plan.config, source=source)
+            card = _card(src_dir, masks, plan)
+            write_stock_files(building, plan.config, source=source, model_card=card)
     except OSError as error:
         raise _explained(error, out) from error
     return Exported(out, shape, plan.config, plan.bytes_read, plan.bytes_written, plan.dropped)
@@ -134,6 +149,18 @@ def _write_weights(plan: StreamPlan, folder: Path, progress: bool, backend: str)
                 os.fsync(file.fileno())
     if len(plan.shards) > 1:
         (folder / INDEX_NAME).write_text(index_json(plan.shards, plan.parameters), encoding="utf-8")
+
+
+def _card(src_dir: str | Path, masks: Masks, plan: StreamPlan) -> str:
+    return model_card(
+        {
+            "base_model": masks.source or str(src_dir),
+            "head_unit": masks.head_unit,
+            "dense": vars(masks.shape),
+            "pruned": vars(plan.shape) | {"parameters": plan.parameters},
+            "versions": {"maskprune": __version__},
+        }
+    )
 
 
 def _require_space(out: Path, needed: int) -> None:
