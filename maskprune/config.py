@@ -36,7 +36,10 @@ class PruneConfig:
     targets: str | None = _setting(
         None, "Engines to lint the shape for: vllm,gguf,awq128,fp8,tp=4."
     )
-    method: str = _setting("maskprune", "maskprune.")
+    method: str = _setting(
+        "maskprune",
+        "maskprune, or a one-shot baseline with the same training after it: wanda-sp, taylor.",
+    )
     mode: str = _setting(
         "minimax", "minimax learns the split; scheduled prunes heads and FFN in equal fractions."
     )
@@ -85,7 +88,7 @@ class PruneConfig:
 
     def __post_init__(self) -> None:
         choices = {
-            "method": ("maskprune",),
+            "method": ("maskprune", "wanda-sp", "taylor"),
             "mode": ("minimax", "scheduled"),
             "warm_start": ("none", "wanda-sp", "taylor"),
             "head_unit": ("kv_group", "query_head"),

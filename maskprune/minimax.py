@@ -115,6 +115,20 @@ class Minimax:
             backend=self.backend,
         )
 
+    def lock(self, split: Split) -> None:
+        """Take `split` for the final shape now; from here on only its masks shrink."""
+        values = {
+            "locked": 1.0,
+            "locked_at": 0.0,
+            "R": split.R,
+            "s_head": float(split.head),
+            "s_ffn": float(split.ffn),
+            "r_head": split.head / self.budget.head_units if self.budget.head_units else 0.0,
+            "r_ffn": split.ffn / self.budget.ffn_units,
+        }
+        for name, value in values.items():
+            self.state[INDEX[name]] = value
+
     def read(self) -> dict[str, float]:
         """Every scalar of the state by name; this synchronises with the device."""
         return dict(zip(FIELDS, self.state.tolist(), strict=True))

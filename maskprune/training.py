@@ -30,7 +30,7 @@ from maskprune.masks import Masks, attach_masks
 from maskprune.minimax import Minimax
 from maskprune.progress import Progress
 from maskprune.speed import bfloat16_is_faster
-from maskprune.warmstart import warm_start
+from maskprune.warmstart import one_shot, warm_start
 
 logger = logging.getLogger(__name__)
 
@@ -337,11 +337,15 @@ def prune(
         run = Path(run_dir)
         run.mkdir(parents=True, exist_ok=True)
         checkpoint = latest(run) if resume else None
-        if checkpoint is None and config.warm_start != "none":
+        learned = config.method == "maskprune"
+        masks.requires_grad_(learned)
+        if checkpoint is None:
             sample = blocks[: config.warm_start_blocks].to(device)
-            logger.info("ranking units by %s on %d tokens", config.warm_start, sample.numel())
             with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                warm_start(config.warm_start, peft_model, masks, budget, sample)
+                if learned:
+                    warm_start(config.warm_start, peft_model, masks, budget, sample)
+                else:
+                    solver.lock(one_shot(config.method, peft_model, masks, budget, sample))
         trace = TraceCallback(run / "trace.jsonl", config, quiet)
         trainer = PruneTrainer(
             model=peft_model,

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from maskprune.budget import Budget
+from maskprune.budget import Budget, Split
 from maskprune.families import FAMILIES, attention_output, ffn_output, layers_of, stock_model
 from maskprune.masks import Masks
 
@@ -196,6 +196,38 @@ def start_masks(
             g /= kinds[number][2] * curves[number].numel()
         start = low + (1 - low) * (g / reach).clamp(max=1.0)
         m.copy_(start[rho.argsort(dim=1, stable=True).argsort(dim=1)])
+
+
+def nearest_equal(budget: Budget) -> Split:
+    """The legal split that is nearest to equal fractions of both kinds, as Wanda-sp prunes."""
+    r = budget.sparsity / (budget.a_head + budget.a_ffn)
+
+    def away(split: Split) -> float:
+        heads = split.head / budget.head_units if budget.head_units else r
+        ffn = split.ffn / budget.ffn_units
+        return budget.a_head * abs(heads - r) + budget.a_ffn * abs(ffn - r)
+
+    return min(budget.splits, key=away)
+
+
+@torch.no_grad()
+def one_shot(
+    kind: str, model: nn.Module, masks: Masks, budget: Budget, blocks: torch.Tensor
+) -> Split:
+    """Set the least salient units of every row to 0 and all others to 1; returns the split.
+
+    With `wanda-sp` and the adapters' training after it, this is the baseline that a learned
+    method has to beat.
+    """
+    saliency = (taylor if kind == "taylor" else wanda_sp)(model, masks, blocks)
+    split = nearest_equal(budget)
+    ranked = [(masks.ffn, saliency[1], split.ffn)]
+    if masks.head.numel():
+        ranked.append((masks.head, unit_saliency(saliency[0], masks), split.head))
+    for m, rho, n in ranked:
+        m.fill_(1.0)
+        m.scatter_(1, rho.argsort(dim=1, stable=True)[:, :n], 0.0)
+    return split
 
 
 def warm_start(

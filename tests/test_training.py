@@ -56,6 +56,8 @@ def test_the_result_is_uniform_on_budget_and_equal_to_the_masked_model(family):
         dict(mode="scheduled"),
         dict(warm_start="none"),
         dict(warm_start="wanda-sp", head_unit="query_head"),
+        dict(method="wanda-sp"),
+        dict(method="taylor"),
         dict(sparsity=None, head_sparsity=0.5, ffn_sparsity=0.25),
         dict(alpha=0.1, gradient_checkpointing=True),
         dict(kl_direction="student_teacher", gradient_accumulation=2),

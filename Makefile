@@ -1,0 +1,50 @@
+# First use: `make demo` or `make test` on a fresh clone; Python 3.11+, a C++ compiler if there is one.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# A known good torch; pip takes PyTorch's own build. To choose another: make demo TORCH="torch==2.9.0".
+TORCH ?= torch==2.13.0
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
+
+.PHONY: demo test lint bench gpu docs clean
+
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q $(TORCH)
+	touch $@
+
+$(VENV)/package: $(VENV)/torch $(SOURCES)
+	$(BIN)/pip install -q -e .
+	touch $@
+
+$(VENV)/tested: $(VENV)/torch $(SOURCES)
+	$(BIN)/pip install -q -e ".[test]"
+	touch $@ $(VENV)/package
+
+demo: $(VENV)/package
+	$(BIN)/python -m maskprune.demonstrate
+
+test: $(VENV)/tested
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(TESTS)
+
+lint: $(VENV)/tested
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/tested
+	$(BIN)/python benchmarks/bench_prox.py --rows benchmarks/results/prox.jsonl --overwrite
+	$(BIN)/python benchmarks/bench_masked_forward.py --rows benchmarks/results/masked_forward.jsonl --overwrite
+	$(BIN)/python benchmarks/bench_fold.py --rows benchmarks/results/fold.jsonl --overwrite
+	$(BIN)/python benchmarks/latency.py --rows benchmarks/results/latency.jsonl --overwrite
+
+# On a CUDA machine, also without network: everything that travels with the checkout. Repeat the
+# command until it says that all is done; each call stops in time for a ten-minute limit.
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(GPU)
+
+docs: $(VENV)/tested
+	$(BIN)/python benchmarks/latency.py --doc docs/uniform.md --from benchmarks/results/latency.jsonl
+
+clean:
+	rm -rf build *.egg-info maskprune/_C*.so

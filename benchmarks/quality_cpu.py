@@ -1,0 +1,157 @@
+"""MaskPrune against Wanda-sp followed by the same adapter training, on the demo model.
+
+    python benchmarks/quality_cpu.py --rows benchmarks/results/quality.jsonl
+
+Both arms read the same tokens in the same order, train the same adapters with the same loss and
+rates, and end in the same legal shape: the one that MaskPrune learned. They differ in what is
+pruned and in whether the masks train. Held-out perplexity is on text that neither arm read.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import Parser, environment, fix_threads, write_rows
+
+from maskprune.config import PruneConfig
+from maskprune.cuts import Shape
+from maskprune.data import token_blocks
+from maskprune.demo import demo_model_dir, demo_text
+from maskprune.evaluate import perplexity
+from maskprune.load import load_model
+from maskprune.training import prune
+
+ARMS = ("maskprune", "wanda-sp", "taylor")
+
+
+def settings(args: Any, method: str, seed: int, shape: Shape | None, dense: Shape) -> PruneConfig:
+    """The settings of one arm; one-shot arms get the shape that MaskPrune ended in."""
+    split: dict[str, Any] = {"sparsity": args.sparsity}
+    if shape is not None:
+        split = {
+            "head_sparsity": 1 - shape.kv_heads / dense.kv_heads,
+            "ffn_sparsity": 1 - shape.ffn / dense.ffn,
+        }
+    extra = {name: value for name, value in args.set}
+    return PruneConfig(
+        **split,
+        **extra,
+        method=method,
+        steps=args.steps,
+        batch_size=args.batch_size,
+        seq_len=args.seq_len,
+        seed=seed,
+        learning_rate=args.learning_rate,
+        save_steps=10_000,
+        logging_steps=20,
+    )
+
+
+def one_run(args: Any, method: str, seed: int, shape: Shape | None) -> tuple[dict[str, Any], Shape]:
+    """Prune once and measure; returns the row and the shape it ended in."""
+    train, held_out = demo_text()
+    model, tokenizer = load_model(demo_model_dir(), dtype="float32")
+    from maskprune.target import shape_of
+
+    dense = shape_of(model.config)
+    config = settings(args, method, seed, shape, dense)
+    blocks = token_blocks(train, tokenizer, args.seq_len, seed=seed)
+    started = time.monotonic()
+    result = prune(model, tokenizer, blocks, config, quiet=args.quiet)
+    seconds = time.monotonic() - started
+    row: dict[str, Any] = {
+        "op": "quality",
+        "provider": method,
+        "seed": seed,
+        "sparsity": 1 - result.trace[-1]["R"],
+        "heads": result.shape.heads,
+        "kv_heads": result.shape.kv_heads,
+        "ffn": result.shape.ffn,
+        "steps": args.steps,
+        "tokens_per_step": args.batch_size * args.seq_len,
+        "learning_rate": args.learning_rate,
+        "warm_start": config.warm_start if method == "maskprune" else None,
+        "last_kl": result.trace[-1]["kl"],
+        "locked_at": next((r["step"] for r in result.trace if r["locked"]), None),
+        "residual": max(result.residuals.values()),
+        "train_seconds": round(seconds, 1),
+    }
+    row |= {f"set_{name}": value for name, value in args.set}
+    row |= perplexities(args, result.model, tokenizer, held_out)
+    return row, result.shape
+
+
+def perplexities(args: Any, model: Any, tokenizer: Any, held_out: Path) -> dict[str, Any]:
+    """Perplexity on the demo's held-out text, and on --text where it is given."""
+    sources = {"held_out": held_out} | ({"text": args.text} if args.text else {})
+    found: dict[str, Any] = {}
+    for name, source in sources.items():
+        made = perplexity(
+            model, tokenizer, source, args.window, limit=args.windows, dtype=torch.bfloat16
+        )
+        found[f"ppl_{name}"] = round(made["ppl"], 3)
+        found[f"ppl_{name}_windows"] = made["windows"]
+    return found | {"ppl_window": args.window}
+
+
+def pair(text: str) -> tuple[str, Any]:
+    """`name=value` with the value as a number where it is one."""
+    name, _, value = text.partition("=")
+    for kind in (int, float):
+        try:
+            return name, kind(value)
+        except ValueError:
+            continue
+    return name, value
+
+
+def main() -> int:
+    parser = Parser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--sparsity", type=float, default=0.2)
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["maskprune", "wanda-sp"])
+    parser.add_argument("--shape", type=int, nargs=2, metavar=("KV_HEADS", "FFN"),
+                        help="shape of one-shot arms that run without maskprune")
+    parser.add_argument("--text", help="another text for perplexity, such as WikiText-2's")
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=20)
+    parser.add_argument("--set", type=pair, action="append", default=[], metavar="NAME=VALUE",
+                        help="another setting of PruneConfig, for both arms")
+    parser.add_argument("--quiet", action="store_true")
+    args = parser.parse_args()
+    fix_threads(args.threads)
+    common = environment("cpu", 0)
+
+    model, tokenizer = load_model(demo_model_dir(), dtype="float32")
+    dense = {"op": "quality", "provider": "dense"} | perplexities(
+        args, model, tokenizer, demo_text()[1]
+    )
+    rows = [common | dense]
+    print(rows[-1], flush=True)
+    del model
+    for seed in args.seeds:
+        shape: Shape | None = None
+        if args.shape:
+            shape = Shape(0, 0, args.shape[0], 0, args.shape[1])
+        for arm in sorted(args.arms, key=ARMS.index):
+            row, ended = one_run(args, arm, seed, None if arm == "maskprune" else shape)
+            shape = shape or ended
+            rows.append(common | row)
+            print(row, flush=True)
+            gc.collect()
+            if args.rows:
+                write_rows(args.rows, rows[-1:] if len(rows) > 2 else rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
