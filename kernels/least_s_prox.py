@@ -60,7 +60,7 @@ def pieces(
     row_ptr, n = locate(m_ptr, offsets_ptr, lengths_ptr, stride_row, N, TABLE, WIDE)
     s = tl.load(s_ptr + tl.program_id(0) * stride_s)
     shrink = tl.load(shrink_ptr)
-    sum_sq, next_sq, sound, T = prox_pieces(row_ptr, s, shrink, -1, n, R0, R1, R2, C)
+    sum_sq, next_sq, sound = prox_pieces(row_ptr, row_ptr, s, shrink, -1, n, False, R0, R1, R2, C)
     store_results(sum_sq_ptr, next_sq_ptr, sum_sq, next_sq, sound)
 
 
@@ -82,7 +82,9 @@ def all_pairs(
 ):
     row_ptr, n = locate(m_ptr, offsets_ptr, lengths_ptr, stride_row, N, TABLE, WIDE)
     s = tl.load(s_ptr + tl.program_id(0) * stride_s)
-    sum_sq, next_sq, sound = prox_all_pairs(row_ptr, s, tl.load(shrink_ptr), n, BLOCK)
+    sum_sq, next_sq, sound = prox_all_pairs(
+        row_ptr, row_ptr, s, tl.load(shrink_ptr), n, False, BLOCK
+    )
     store_results(sum_sq_ptr, next_sq_ptr, sum_sq, next_sq, sound)
 
 
@@ -104,7 +106,7 @@ def chunked(
 ):
     row_ptr, n = locate(m_ptr, offsets_ptr, lengths_ptr, stride_row, N, TABLE, WIDE)
     s = tl.load(s_ptr + tl.program_id(0) * stride_s)
-    sum_sq, next_sq, sound = prox_chunked(row_ptr, s, tl.load(shrink_ptr), n, BLOCK)
+    sum_sq, next_sq, sound = prox_chunked(row_ptr, row_ptr, s, tl.load(shrink_ptr), n, False, BLOCK)
     store_results(sum_sq_ptr, next_sq_ptr, sum_sq, next_sq, sound)
 
 

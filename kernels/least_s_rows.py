@@ -84,9 +84,19 @@ def count_in_row(s, shrink, N):
 
 
 @triton.jit
-def load_keys(row_ptr, offs, N):
+def into_unit(x, CLAMP: tl.constexpr):
+    """x, clamped to [0, 1] where CLAMP; a NaN stays."""
+    if CLAMP:
+        x = tl.where(x < 0.0, 0.0, tl.where(x > 1.0, 1.0, x))
+    return x
+
+
+@triton.jit
+def load_keys(row_ptr, saved_ptr, offs, N, CLAMP: tl.constexpr, SAVE: tl.constexpr):
     x = tl.load(row_ptr + offs, mask=offs < N, other=0.0)
-    return tl.where(offs < N, key_of(x), 0xFFFFFFFF)
+    if SAVE:
+        tl.store(saved_ptr + offs, x, mask=offs < N)
+    return tl.where(offs < N, key_of(into_unit(x, CLAMP)), 0xFFFFFFFF)
 
 
 @triton.jit
@@ -212,23 +222,28 @@ def next_square(left, top, shrink, k, N):
 @triton.jit
 def prox_pieces(
     row_ptr,
+    saved_ptr,
     s,
     shrink,
     hint,
     N,
+    CLAMP: tl.constexpr,
     R0: tl.constexpr,
     R1: tl.constexpr,
     R2: tl.constexpr,
     C: tl.constexpr,
 ):
-    """One row in registers -> (sum_sq, next_sq, whether all was a number, T)."""
+    """One row in registers -> (sum_sq, next_sq, whether all was a number).
+
+    With CLAMP the row is clamped to [0, 1] first, and saved as it came at saved_ptr.
+    """
     offs_c = tl.arange(0, C)[None, :]
     offs0 = tl.arange(0, R0)[:, None] * C + offs_c
     offs1 = (R0 + tl.arange(0, R1)[:, None]) * C + offs_c
     offs2 = (R0 + R1 + tl.arange(0, R2)[:, None]) * C + offs_c
-    key0 = load_keys(row_ptr, offs0, N)
-    key1 = load_keys(row_ptr, offs1, N)
-    key2 = load_keys(row_ptr, offs2, N)
+    key0 = load_keys(row_ptr, saved_ptr, offs0, N, CLAMP, CLAMP)
+    key1 = load_keys(row_ptr, saved_ptr, offs1, N, CLAMP, CLAMP)
+    key2 = load_keys(row_ptr, saved_ptr, offs2, N, CLAMP, CLAMP)
 
     k, sound = count_in_row(s, shrink, N)
     top = tl.maximum(largest(key0, offs0, N), largest(key1, offs1, N))
@@ -247,17 +262,20 @@ def prox_pieces(
     sum1, left1 = shrink_piece(row_ptr, key1, offs1, chosen1, shrink, N)
     sum2, left2 = shrink_piece(row_ptr, key2, offs2, chosen2, shrink, N)
     left = (tl.min(tl.minimum(tl.minimum(left0, left1), left2), axis=0) >> 1).to(tl.int32)
-    return tl.sum(sum0 + sum1 + sum2, axis=0), next_square(left, top, shrink, k, N), sound, T
+    return tl.sum(sum0 + sum1 + sum2, axis=0), next_square(left, top, shrink, k, N), sound
 
 
 @triton.jit
-def prox_all_pairs(row_ptr, s, shrink, N, BLOCK: tl.constexpr):
+def prox_all_pairs(row_ptr, saved_ptr, s, shrink, N, CLAMP: tl.constexpr, BLOCK: tl.constexpr):
     """One short row by ranking all pairs -> (sum_sq, next_sq, whether all was a number)."""
     i = tl.arange(0, BLOCK)
     x = tl.load(row_ptr + i, mask=i < N, other=0.0)
+    if CLAMP:
+        tl.store(saved_ptr + i, x, mask=i < N)
+    x = into_unit(x, CLAMP)
     key = tl.where(i < N, (key_of(x) >> 1).to(tl.int32), 0x7FFFFFFF)
     other = tl.load(row_ptr + i, mask=i < N, other=0.0)
-    key_j = tl.where(i < N, (key_of(other) >> 1).to(tl.int32), 0x7FFFFFFF)
+    key_j = tl.where(i < N, (key_of(into_unit(other, CLAMP)) >> 1).to(tl.int32), 0x7FFFFFFF)
     k, sound = count_in_row(s, shrink, N)
     top = tl.max(tl.where(i < N, key, 0), axis=0)
     sound = sound & (top <= 0x7F800000)
@@ -279,14 +297,14 @@ def prox_all_pairs(row_ptr, s, shrink, N, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def prox_chunked(row_ptr, s, shrink, N, BLOCK: tl.constexpr):
+def prox_chunked(row_ptr, saved_ptr, s, shrink, N, CLAMP: tl.constexpr, BLOCK: tl.constexpr):
     """One long row, read again in each pass -> (sum_sq, next_sq, whether all was a number)."""
     offs = tl.arange(0, BLOCK)
     high = tl.zeros([BLOCK], tl.int32)
     low = tl.full([BLOCK], 0x7FFFFFFF, tl.int32)
     start = 0
     while start < N:
-        key = load_keys(row_ptr, start + offs, N)
+        key = load_keys(row_ptr, saved_ptr, start + offs, N, CLAMP, CLAMP)
         magnitude = (key >> 1).to(tl.int32)
         low = tl.minimum(low, magnitude)
         high = tl.maximum(high, tl.where(start + offs < N, magnitude, 0))
@@ -310,7 +328,9 @@ def prox_chunked(row_ptr, s, shrink, N, BLOCK: tl.constexpr):
         n3 = tl.zeros([BLOCK], tl.int32)
         start = 0
         while start < N:
-            magnitude = (load_keys(row_ptr, start + offs, N) >> 1).to(tl.int32)
+            magnitude = (load_keys(row_ptr, saved_ptr, start + offs, N, CLAMP, False) >> 1).to(
+                tl.int32
+            )
             n1 += (magnitude <= mid1).to(tl.int32)
             n2 += (magnitude <= mid2).to(tl.int32)
             n3 += (magnitude <= mid3).to(tl.int32)
@@ -342,7 +362,7 @@ def prox_chunked(row_ptr, s, shrink, N, BLOCK: tl.constexpr):
     start = 0
     while start < N:
         inside = start + offs < N
-        key = load_keys(row_ptr, start + offs, N)
+        key = load_keys(row_ptr, saved_ptr, start + offs, N, CLAMP, False)
         magnitude = (key >> 1).to(tl.int32)
         tied = ((magnitude == hi) & inside).to(tl.int32)
         chosen = (magnitude < hi) | ((tied > 0) & (tl.cumsum(tied, axis=0) <= ties))

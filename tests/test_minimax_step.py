@@ -167,20 +167,19 @@ def test_a_nan_freezes_everything_and_says_so(step, where):
     assert torch.equal(state, expected), "a failed run stays failed"
 
 
-def test_a_whole_run_reaches_the_budget_as_the_reference_does(step):
-    c = rates(total_steps=60, interval=1, eta2=0.4)
+def test_a_whole_run_ends_in_a_legal_shape(step):
+    c = rates(total_steps=20, interval=1, eta2=0.8, eta4=0.3)
     table, g = legal_splits(c), torch.Generator().manual_seed(1)
-    head, ffn = torch.ones(6, 8), torch.ones(3, 448)
+    head, ffn = torch.ones(2, 8), torch.ones(1, 448)
     state = state_of()
-    for _ in range(40):
-        noise = 0.02 * torch.randn(ffn.shape, generator=g)
+    for _ in range(12):
         head.add_(0.02 * torch.randn(head.shape, generator=g))
-        ffn.add_(noise)
+        ffn.add_(0.02 * torch.randn(ffn.shape, generator=g))
         step(head, ffn, state, table, c)
     v = dict(zip(FIELDS, state.tolist(), strict=True))
-    assert v["locked"] == 1 and v["R"] <= c.R_star + 1e-6
+    assert v["locked"] == 1 and v["R"] <= c.R_star + 1e-6, v
     assert [v["s_head"], v["s_ffn"]] in table.tolist()
-    assert v["step"] == 40 and not v["failed"]
+    assert v["step"] == 12 and not v["failed"]
 
 
 def test_two_runs_agree_to_the_bit(step):
@@ -203,6 +202,10 @@ def test_errors_say_given_expected_do():
         minimax_step_(head, ffn.double(), state, table, c)
     with pytest.raises(ValueError, match=r"ffn is on cpu with strides .* expected a contiguous"):
         minimax_step_(head, ffn.T.contiguous().T, state, table, c)
+    if unavailable("triton", DEVICE) is None:
+        wide = [x.to(DEVICE) for x in (torch.ones(1, 129), ffn, state, table)]
+        with pytest.raises(ValueError, match="129 units; the Triton backend takes up to 128"):
+            minimax_step_(*wide, c, backend="triton")
     with pytest.raises(ValueError, match="backend is 'cuda'"):
         minimax_step_(head, ffn, state, table, c, backend="cuda")
 

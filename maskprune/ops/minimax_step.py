@@ -33,6 +33,8 @@ FIELDS = (
     "shrink",
     "locked_at",
 )
+# One Triton program compares every pair of units of a head row.
+TRITON_HEAD_UNITS = 128
 INDEX = {name: i for i, name in enumerate(FIELDS)}
 
 
@@ -110,9 +112,14 @@ def minimax_step_(
     Source: MaskPrune (arXiv 2502.14008), Algorithm 1, in the normalised form of docs/method.md.
     """
     _check(head, ffn, state, table)
-    match choose("minimax_step_", backend, ffn):
+    chosen = choose("minimax_step_", backend, ffn)
+    if chosen == "triton" and backend == "auto" and head.shape[1] > TRITON_HEAD_UNITS:
+        chosen = "reference"
+    match chosen:
         case "cpp":
             cpp(head, ffn, state, table, rates)
+        case "triton":
+            triton(head, ffn, state, table, rates)
         case _:
             reference(head, ffn, state, table, rates)
 
@@ -250,6 +257,26 @@ def cpp(
         torch.get_num_threads(),
         isa,
     )
+
+
+def triton(
+    head: torch.Tensor,
+    ffn: torch.Tensor,
+    state: torch.Tensor,
+    table: torch.Tensor,
+    rates: Rates,
+) -> None:
+    """The Triton backend, which ranks all pairs of a head row."""
+    from maskprune.kernels.minimax_step import minimax_step
+
+    if head.shape[1] > TRITON_HEAD_UNITS:
+        raise ValueError(
+            f"minimax_step_: head rows have {head.shape[1]} units; the Triton backend takes up to "
+            f"{TRITON_HEAD_UNITS}; use backend='reference'"
+        )
+    for changed in (head, ffn, state):
+        torch.autograd.graph.increment_version(changed)
+    minimax_step(head, ffn, state, table, rate_vector(rates))
 
 
 def _check(head: torch.Tensor, ffn: torch.Tensor, state: torch.Tensor, table: torch.Tensor) -> None:
