@@ -18,7 +18,7 @@ from maskprune.card import model_card
 from maskprune.config import PruneConfig
 from maskprune.demo import demo_model_dir, demo_text
 from maskprune.evaluate import perplexity
-from maskprune.export import compare_logits, save_stock
+from maskprune.exporter import compare_logits, save_stock
 from maskprune.files import new_folder, replace_file, write_json
 from maskprune.load import load_model
 from maskprune.speed import throughput
