@@ -223,3 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f'tokenizer = AutoTokenizer.from_pretrained("{given.out}")'
     )
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
