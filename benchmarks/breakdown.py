@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,13 +31,44 @@ REST = "scores, rope, SwiGLU product, residuals, Python"
 
 
 @torch.no_grad()
-def breakdown(model: nn.Module, batch: int, length: int, rounds: int = 9) -> dict[str, float]:
-    """Median milliseconds of one prefill by part, and `total`; parts are timed by hooks.
+def breakdown(
+    models: Mapping[str, nn.Module], batch: int, length: int, rounds: int = 9
+) -> dict[str, dict[str, float]]:
+    """For each model, median milliseconds of one prefill by part, and `total`.
 
-    The hooks cost a few microseconds a module, and on a GPU a synchronisation, which is why no
-    other number of this benchmark is taken with them.
+    The models take turns, so drift hits all alike. Parts are timed by hooks, which cost a few
+    microseconds a module and on a GPU a synchronisation: no other number of this benchmark is
+    taken with them.
     """
-    device, spent, hooks = model.device.type, defaultdict(float), []
+    spent: dict[str, float] = defaultdict(float)
+    hooks = [hook for model in models.values() for hook in _hooks(model, spent)]
+    runners = {name: prefill(model, batch, length, 0) for name, model in models.items()}
+    samples: dict[str, list[dict[str, float]]] = {name: [] for name in models}
+    try:
+        for done in range(rounds + 2):
+            for name, runner in runners.items():
+                spent.clear()
+                start = time.perf_counter()
+                runner.call()
+                sync(models[name].device.type)
+                total = time.perf_counter() - start
+                if done >= 2:
+                    rest = total - sum(spent.values())
+                    samples[name].append({**spent, REST: rest, "total": total})
+    finally:
+        for hook in hooks:
+            hook.remove()
+    first = next(iter(samples.values()))[0]
+    parts = sorted(first, key=lambda part: (part == "total", -first[part]))
+    return {
+        name: {part: 1e3 * statistics.median(s[part] for s in taken) for part in parts}
+        for name, taken in samples.items()
+    }
+
+
+def _hooks(model: nn.Module, spent: dict[str, float]) -> list[Any]:
+    """Hooks that add each named module's seconds to its part of `spent`."""
+    device, hooks = model.device.type, []
     starts: dict[int, float] = {}
 
     def begin(module: nn.Module, args: Any) -> None:
@@ -51,19 +83,4 @@ def breakdown(model: nn.Module, batch: int, length: int, rounds: int = 9) -> dic
                 spent[part] += time.perf_counter() - starts[id(module)]
 
             hooks += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
-    runner = prefill(model, batch, length, 0)
-    samples: list[dict[str, float]] = []
-    try:
-        for done in range(rounds + 2):
-            spent.clear()
-            start = time.perf_counter()
-            runner.call()
-            sync(device)
-            total = time.perf_counter() - start
-            if done >= 2:
-                samples.append({**spent, REST: total - sum(spent.values()), "total": total})
-    finally:
-        for hook in hooks:
-            hook.remove()
-    parts = sorted(samples[0], key=lambda part: (part == "total", -samples[0][part]))
-    return {part: 1e3 * statistics.median(s[part] for s in samples) for part in parts}
+    return hooks

@@ -28,7 +28,9 @@ from shapes import NAMES, cost_of, named_config
 from sweep import Plan, groups, load_dense, needed_bytes, sweep
 from tqdm import tqdm
 from uniform_page import render
-from variants import VARIANTS, cut, draw_masks, widths_of
+from variants import VARIANTS, cut, draw_masks, repeat, widths_of
+
+from maskprune.target import shape_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -122,18 +124,27 @@ def plans_of(args: argparse.Namespace) -> list[Plan]:
         }
         presets = [{"models": ("llama-3.2-1b", "llama-7b"), **sizes}]
     else:
-        wide = {"models": ("wide-1024",), "decode_batches": (1, 8), "seconds": 3.0}
-        small = {
+        wide = {
+            "models": ("wide-1024",),
+            "regimes": ("prefill", "decode"),
+            "lengths": (128,),
+            "decode_batches": (1, 8),
+            "seconds": 3.0,
+            "load": False,
+        }
+        step = {**wide, "regimes": ("train",), "sparsities": (0.5,), "lengths": (64,)}
+        step |= {"variants": ("dense", "uniform", "compresso"), "structure": False}
+        compiled = {
             "models": ("tiny",),
             "sparsities": (0.5,),
             "regimes": ("prefill",),
             "modes": ("eager", "regional"),
             "lengths": (128,),
         }
-        presets = [wide, small]
+        presets = [wide, step, compiled]
     chosen = {key: value for key, value in given.items() if value is not None}
     if args.model:
-        presets = [{**presets[0], "models": args.model}]
+        presets = [{**presets[0], "models": args.model, "regimes": REGIMES, "load": True}]
     return [Plan(**{**common, **preset, **chosen}) for preset in presets]
 
 
@@ -197,28 +208,30 @@ def profile(plans: list[Plan]) -> None:
             widths = widths_of(dense.config, sparsity, plan.multiple_of, plan.seed)["uniform"]
             uniform = cut(dense, widths, draw_masks(dense.config, widths, plan.seed))
             batch, length = plan.batches[0], max(plan.lengths)
-            ideal = cost_of(dense.config, widths_of(dense.config, sparsity)["dense"]).prefill_flops(
-                batch, length
-            ) / cost_of(dense.config, widths).prefill_flops(batch, length)
-            a, b = (breakdown(m, batch, length) for m in (dense, uniform))
+            before, after = (
+                cost_of(dense.config, w).prefill_flops(batch, length)
+                for w in (repeat(shape_of(dense.config)), widths)
+            )
+            ideal = before / after
+            parts = breakdown({"dense": dense, "uniform": uniform}, batch, length)
+            a, b = parts["dense"], parts["uniform"]
             rows = [
                 {
-                    "part": k,
-                    "dense ms": a[k],
-                    "share": a[k] / a["total"],
-                    "uniform ms": b[k],
-                    "speedup": a[k] / b[k],
+                    "part": part,
+                    "dense ms": a[part],
+                    "share": a[part] / a["total"],
+                    "uniform ms": b[part],
+                    "speedup": a[part] / b[part],
                 }
-                for k in a
+                for part in a
             ]
             print(f"\n{name}, prefill {batch} x {length}, sparsity {sparsity:g}, ideal {ideal:.3g}")
             print(show(rows, rows[0]))
 
 
-def collect(plans: list[Plan]) -> list[dict[str, Any]]:
-    """Run the plans with a progress bar, or plain lines where there is no terminal."""
+def collect(plans: list[Plan], rows: list[dict[str, Any]]) -> None:
+    """Run the plans into `rows`, with a progress bar, or plain lines where there is no terminal."""
     steps = sum(len(p.models) * len(p.sparsities) * len(p.cases()) for p in plans)
-    rows: list[dict[str, Any]] = []
     seen: set[tuple[Any, ...]] = set()
     plain = not sys.stderr.isatty()
     with tqdm(total=steps, unit="case", disable=plain) as bar:
@@ -235,7 +248,6 @@ def collect(plans: list[Plan]) -> list[dict[str, Any]]:
                 bar.update(1 if row.get("regime") else len(plan.cases()))
                 if plain:
                     print(f"{len(seen)}/{steps} {text}", file=sys.stderr)
-    return rows
 
 
 def quieten() -> None:
@@ -267,7 +279,7 @@ def main(argv: list[str] | None = None) -> int:
             for name in plan.models:
                 for sparsity in plan.sparsities:
                     widths_of(named_config(name), sparsity, plan.multiple_of, plan.seed)
-    except (ValueError, ImportError) as error:
+    except (ValueError, RuntimeError) as error:
         p.error(" ".join(str(error).split()))
     if args.dry_run:
         dry_run(plans)
@@ -283,7 +295,18 @@ def main(argv: list[str] | None = None) -> int:
             "this machine is too noisy; noisy rows are marked and give no ratio",
             file=sys.stderr,
         )
-    rows = collect(plans)
+    rows: list[dict[str, Any]] = []
+    status = 0
+    try:
+        collect(plans, rows)
+    except KeyboardInterrupt:
+        status = 130
+        print("interrupted; the cases measured so far are kept", file=sys.stderr)
+    except RuntimeError as error:
+        status = 1
+        print(f"latency.py: {' '.join(str(error).split())}", file=sys.stderr)
+    if not rows:
+        return status
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
     out = args.out or Path("runs") / f"latency-{stamp}"
     rows = write_rows(out / "rows.jsonl", rows)
@@ -294,7 +317,7 @@ def main(argv: list[str] | None = None) -> int:
     pictures = draw(rows, out)
     print(f"\nrows: {out / 'rows.jsonl'}, {out / 'rows.csv'}")
     print("plots:", ", ".join(str(path) for path in pictures) or "none")
-    return 0
+    return status
 
 
 if __name__ == "__main__":

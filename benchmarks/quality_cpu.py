@@ -119,13 +119,24 @@ def main() -> int:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["maskprune", "wanda-sp"])
-    parser.add_argument("--shape", type=int, nargs=2, metavar=("KV_HEADS", "FFN"),
-                        help="shape of one-shot arms that run without maskprune")
+    parser.add_argument(
+        "--shape",
+        type=int,
+        nargs=2,
+        metavar=("KV_HEADS", "FFN"),
+        help="shape of one-shot arms that run without maskprune",
+    )
     parser.add_argument("--text", help="another text for perplexity, such as WikiText-2's")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--windows", type=int, default=20)
-    parser.add_argument("--set", type=pair, action="append", default=[], metavar="NAME=VALUE",
-                        help="another setting of PruneConfig, for both arms")
+    parser.add_argument(
+        "--set",
+        type=pair,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="another setting of PruneConfig, for both arms",
+    )
     parser.add_argument("--quiet", action="store_true")
     args = parser.parse_args()
     fix_threads(args.threads)

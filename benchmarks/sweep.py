@@ -40,6 +40,7 @@ class Plan:
     rounds: int = 9
     seconds: float = 5.0
     structure: bool = True
+    load: bool = True
     # Compiling is minutes where running is milliseconds: these stand for all in compiled modes.
     compiled_variants: Sequence[str] = field(default=("dense", "uniform", "compresso"))
 
@@ -178,7 +179,7 @@ def _group(
                 f"off with a cache; expected at most {limit:g}; nothing was measured"
             )
         if plan.structure:
-            load = plan.device == "cpu" and costs[variant].parameters < 5e8
+            load = plan.load and plan.device == "cpu" and costs[variant].parameters < 5e8
             yield {
                 "op": "structure",
                 "provider": variant,
@@ -201,12 +202,15 @@ def _case(
     regime, mode, batch, length = case
     where = {"regime": regime, "mode": mode, "batch": batch, "length": length}
     runners: dict[str, Runner] = {}
+    memory: dict[str, float | None] = {}
     for variant, model in models.items():
         if mode in ("compile", "regional") and variant not in plan.compiled_variants:
             continue
         tag = f"{variant}_{regime}_{batch}_{length}".replace("-", "_")
         try:
-            runners[variant] = prepare(model, regime, mode, batch, length, tag=tag, seed=plan.seed)
+            runner = prepare(model, regime, mode, batch, length, tag=tag, seed=plan.seed)
+            memory[variant] = peak_mib(runner, plan.device)
+            runners[variant] = runner
         except (RuntimeError, ImportError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             yield {
@@ -216,11 +220,12 @@ def _case(
                 **where,
                 "skipped": reason,
             } | stamp(plan)
-    if not {"dense", "uniform"} & set(runners):
+    if "dense" not in runners:
+        for runner in runners.values():
+            runner.after()
         return
-    memory = {variant: peak_mib(runner, plan.device) for variant, runner in runners.items()}
     times, noise = timed(plan, runners)
-    dense_ms = times["dense"].quantile(0.5) if "dense" in times else None
+    dense_ms = times["dense"].quantile(0.5)
     size, count = plan.dtype.itemsize, batch * (1 if regime == "decode" else length)
     for variant, runner in runners.items():
         cost, dense_cost, ms = costs[variant], costs["dense"], times[variant].quantile(0.5)
@@ -229,9 +234,9 @@ def _case(
         )
         row = {"op": "latency", "provider": variant, **base, **where, **facts[variant]}
         row |= times[variant].row() | {"tokens_s": float(f"{count / ms * 1e3:.5g}")}
-        row |= {"speedup": round(dense_ms / ms, 4) if dense_ms else None, "ideal": round(ideal, 4)}
+        row |= {"speedup": round(dense_ms / ms, 4), "ideal": round(ideal, 4)}
         row["gain_share"] = None
-        if dense_ms and ideal > 1.001:
+        if ideal > 1.001:
             row["gain_share"] = round((dense_ms / ms - 1) / (ideal - 1), 4)
         row |= {"noise": round(noise, 4), "noisy": noise > NOISE_LIMIT}
         row["peak_mib"] = None if memory[variant] is None else round(memory[variant], 2)

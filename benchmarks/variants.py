@@ -4,6 +4,8 @@ The rule: the uniform shape is the legal one nearest to equal fractions of heads
 A heterogeneous model has the same sum of KV groups and the same sum of FFN units over its layers,
 so it has the same parameters, FLOPs and KV bytes to the unit; layer by layer it keeps between
 `low` and `high` times the uniform count, drawn uniformly, both ends attained where the sum allows.
+
+A further column, 2:4 say, is one more name in `widths_of` and one more branch in `cut`.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from maskprune.budget import Budget
 from maskprune.cuts import Shape, layer_cuts
-from maskprune.export import apply_cut
+from maskprune.exporter import apply_cut
 from maskprune.families import attention_output, family_of, ffn_output, layers_of
 from maskprune.target import shape_of, target_config
 
