@@ -1,4 +1,4 @@
-"""The main job on tiny models: on budget, uniform, repeatable, resumable, and loud when it fails."""
+"""The main job on tiny models: on budget, uniform, repeatable, resumable, loud when it fails."""
 
 from __future__ import annotations
 
