@@ -1,4 +1,4 @@
-// Keep some columns of a row and multiply them: what fold.cpp and stream.cpp share.
+// Keep some columns of a row and multiply them: fold_row.cpp, for fold.cpp and stream.cpp.
 #pragma once
 
 #include <cstdint>

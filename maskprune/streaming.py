@@ -105,7 +105,7 @@ def export_checkpoint(
         _require_space(out, plan.bytes_written)
         with new_folder(out, overwrite) as building:
             _write_weights(plan, building, progress, backend)
-            card = _card(src_dir, masks, plan)
+            card = _card(source, masks, shape, plan.parameters)
             write_stock_files(building, plan.config, source=source, model_card=card)
     except OSError as error:
         raise _explained(error, out) from error
@@ -151,13 +151,13 @@ def _write_weights(plan: StreamPlan, folder: Path, progress: bool, backend: str)
         (folder / INDEX_NAME).write_text(index_json(plan.shards, plan.parameters), encoding="utf-8")
 
 
-def _card(src_dir: str | Path, masks: Masks, plan: StreamPlan) -> str:
+def _card(source: Path, masks: Masks, shape: Shape, parameters: int) -> str:
     return model_card(
         {
-            "base_model": masks.source or str(src_dir),
+            "base_model": masks.source or source.name,
             "head_unit": masks.head_unit,
             "dense": vars(masks.shape),
-            "pruned": vars(plan.shape) | {"parameters": plan.parameters},
+            "pruned": vars(shape) | {"parameters": parameters},
             "versions": {"maskprune": __version__},
         }
     )
@@ -206,7 +206,12 @@ def _through_memory(
     small = export(model, masks, arch_fallback=arch_fallback)
     with new_folder(out, overwrite) as building:
         save_stock(
-            small, building, source=source, tokenizer=tokenizer, max_shard_size=str(max_shard_size)
+            small,
+            building,
+            source=source,
+            tokenizer=tokenizer,
+            model_card=_card(source, masks, final_shape(masks), small.num_parameters()),
+            max_shard_size=str(max_shard_size),
         )
         written = sum(file.stat().st_size for file in building.glob("*.safetensors"))
     read = sum(file.stat().st_size for file in source.glob("*.gguf"))
