@@ -57,7 +57,11 @@ class _Observer:
             handle.remove()
 
 
-def taylor(model: nn.Module, masks: Masks, blocks: torch.Tensor, batch: int = 4) -> Saliency:
+# A step's logits are the largest thing in memory: vocabulary x tokens x 4 bytes, several times.
+_TOKENS_AT_ONCE = 1024
+
+
+def taylor(model: nn.Module, masks: Masks, blocks: torch.Tensor) -> Saliency:
     """Second-order saliency of removing a unit, from the diagonal Fisher information of its mask.
 
     At masks of 1 the distillation loss is flat and its Hessian is the Fisher information, so
@@ -89,7 +93,7 @@ def taylor(model: nn.Module, masks: Masks, blocks: torch.Tensor, batch: int = 4)
     model.eval()
     try:
         with masks.off(), _Observer(model, FAMILIES[masks.family], see):
-            for ids in blocks.split(batch):
+            for ids in blocks.split(max(1, _TOKENS_AT_ONCE // blocks.shape[1])):
                 embedded = base.get_input_embeddings()(ids).detach().requires_grad_()
                 logits = model(inputs_embeds=embedded, use_cache=False).logits
                 loss = functional.cross_entropy(
@@ -104,7 +108,7 @@ def taylor(model: nn.Module, masks: Masks, blocks: torch.Tensor, batch: int = 4)
 
 
 @torch.no_grad()
-def wanda_sp(model: nn.Module, masks: Masks, blocks: torch.Tensor, batch: int = 4) -> Saliency:
+def wanda_sp(model: nn.Module, masks: Masks, blocks: torch.Tensor) -> Saliency:
     """Wanda-sp's saliency: mean over rows of |W_ij| ||x_j||_2, summed over a head's columns.
 
     Scores W_O's columns for heads and W_down's for FFN units (FLAP's baseline of that name), from
@@ -124,7 +128,7 @@ def wanda_sp(model: nn.Module, masks: Masks, blocks: torch.Tensor, batch: int = 
     model.eval()
     try:
         with masks.off(), _Observer(model, family, see):
-            for ids in blocks.split(batch):
+            for ids in blocks.split(max(1, _TOKENS_AT_ONCE // blocks.shape[1])):
                 model(input_ids=ids, use_cache=False)
     finally:
         model.train(training)
