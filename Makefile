@@ -34,7 +34,7 @@ lint: $(VENV)/tested
 
 bench: $(VENV)/tested
 	$(BIN)/python benchmarks/bench_prox.py --rows benchmarks/results/prox.jsonl --overwrite
-	$(BIN)/python benchmarks/bench_masked_forward.py --rows benchmarks/results/masked_forward.jsonl --overwrite
+	$(BIN)/python benchmarks/bench_masked_forward.py ops --rows benchmarks/results/masked_forward.jsonl --overwrite
 	$(BIN)/python benchmarks/bench_fold.py --rows benchmarks/results/fold.jsonl --overwrite
 	$(BIN)/python benchmarks/latency.py --rows benchmarks/results/latency.jsonl --overwrite
 

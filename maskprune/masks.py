@@ -20,6 +20,7 @@ from torch import nn
 from maskprune.cuts import Shape, mask_rows, query_head_mask
 from maskprune.families import (
     FAMILIES,
+    Family,
     attention_output,
     family_of,
     ffn_output,
@@ -206,26 +207,33 @@ def attach_masks(
             f"{family.model_type} with {shape}; use the masks that were trained on this model"
         )
     base.maskprune = masks.to(device)
-    undo = masks._undo
-    undo.append(lambda: delattr(base, "maskprune"))
-    layers = layers_of(base)
+    masks._undo.append(lambda: delattr(base, "maskprune"))
     fuse = (device.type == "cuda" if fused is None else fused) and family.gated
-
-    for index, layer in enumerate(layers):
-        if masks.head.numel():
-            module = attention_output(layer, family)
-            hook = module.register_forward_pre_hook(_head_hook(masks, index))
-            undo.append(hook.remove)
-            masks._hooked.append((module, partial(attention_output, layer, family)))
-        module = ffn_output(layer, family)
-        masks._hooked.append((module, partial(ffn_output, layer, family)))
-        mlp = get_submodule(layer, family.ffn)
-        # Unasked, an FFN that something else has patched keeps the hook; asked, it is refused.
-        if fuse and (fused or not unfusable(mlp, family.activation)):
-            undo.append(fuse_ffn(mlp, family.activation, _ffn_getter(masks, index)))
-        else:
-            undo.append(module.register_forward_pre_hook(_ffn_hook(masks, index)).remove)
+    try:
+        for index, layer in enumerate(layers_of(base)):
+            _attach_layer(masks, index, layer, family, fuse, required=bool(fused))
+    except BaseException:
+        masks.detach()
+        raise
     return masks
+
+
+def _attach_layer(
+    masks: Masks, index: int, layer: nn.Module, family: Family, fuse: bool, required: bool
+) -> None:
+    undo = masks._undo
+    if masks.head.numel():
+        module = attention_output(layer, family)
+        undo.append(module.register_forward_pre_hook(_head_hook(masks, index)).remove)
+        masks._hooked.append((module, partial(attention_output, layer, family)))
+    module = ffn_output(layer, family)
+    masks._hooked.append((module, partial(ffn_output, layer, family)))
+    mlp = get_submodule(layer, family.ffn)
+    # Unasked, an FFN that something else has patched keeps the hook; asked, it is refused.
+    if fuse and (required or not unfusable(mlp, family.activation)):
+        undo.append(fuse_ffn(mlp, family.activation, _ffn_getter(masks, index)))
+    else:
+        undo.append(module.register_forward_pre_hook(_ffn_hook(masks, index)).remove)
 
 
 def _ffn_getter(masks: Masks, layer: int) -> Callable[[], torch.Tensor | None]:

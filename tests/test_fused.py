@@ -189,3 +189,14 @@ def test_refuses_what_it_would_compute_wrongly():
         fuse_ffn(mlp, "silu", lambda: None)
     undo()
     fuse_ffn(mlp, "silu", lambda: None)
+
+
+def test_a_refused_ffn_leaves_the_model_as_it_was():
+    model = tiny_model("llama")
+    names = list(model.state_dict())
+    model.model.layers[1].mlp.act_fn = torch.nn.ReLU()
+    with pytest.raises(ValueError):
+        attach_masks(model, fused=True)
+    assert list(model.state_dict()) == names
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    attach_masks(model, fused=False).detach()
