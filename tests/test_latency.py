@@ -1,5 +1,6 @@
 """The latency benchmark: the rule of equal cost, its formulas, its models, and what it says."""
 
+import functools
 import random
 
 import latency
@@ -149,6 +150,19 @@ def test_a_training_step_leaves_the_model_as_it_was(models):
     assert before.keys() == model.state_dict().keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not model.training
+
+
+def test_blocks_of_one_shape_share_one_compiled_graph(models, monkeypatch):
+    traced = functools.partial(torch.compile, backend="eager")
+    monkeypatch.setattr(torch, "compile", traced)
+    monkeypatch.setattr("torch._inductor.config.force_disable_caches", False)
+    for name in ("uniform", "compresso"):
+        model, widths, _ = models[name]
+        with torch.no_grad():
+            runner = prepare(model, "prefill", "regional", 1, 8, tag=name)
+        runner.after()
+        assert runner.graphs == widths.distinct_layers
+        assert all("forward" not in vars(layer) for layer in model.model.layers)
 
 
 def test_cuda_graphs_on_a_cpu_are_refused_with_the_reason(models):
