@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from maskprune.cuts import Cut, Shape
 from maskprune.exporter import cuts_by_name
-from maskprune.families import family_of
+from maskprune.families import FAMILIES, family_of
 from maskprune.lora import TORCH_DTYPES, Lora, read_adapter
 from maskprune.masks import Masks
 from maskprune.safetensors_io import (
@@ -90,7 +91,7 @@ def plan_stream(
     found = _by_stock_name(stored, expected, skeleton.base_model_prefix)
     _keep_tied(found, tied)
 
-    cuts, whole = cuts_by_name(masks), _whole_cuts(masks)
+    cuts, whole = cuts_by_name(masks), _whole_sizes(masks, expected)
     loras = read_adapter(Path(adapter)) if adapter is not None else {}
     _require_fitting_adapter(adapter, loras, found)
     moves: dict[str, Move] = {}
@@ -198,10 +199,17 @@ def _same_bytes(a: Stored, b: Stored) -> bool:
     return True
 
 
-def _whole_cuts(masks: Masks) -> dict[str, Cut]:
-    """The cuts of masks that are all 1: how large each tensor is along its cut."""
-    whole = Masks(masks.shape, masks.head_unit, masks.family)
-    return cuts_by_name(whole)
+def _whole_sizes(masks: Masks, names: Iterable[str]) -> dict[str, int]:
+    """How large each tensor is along its cut before it is cut: what masks of one layer keep."""
+    layer = Masks(replace(masks.shape, layers=1), masks.head_unit, masks.family)
+    first = {name: cut.keep.numel() for name, cut in cuts_by_name(layer).items()}
+    stem = FAMILIES[masks.family].layers + "."
+    sizes = {}
+    for name in names:
+        number, _, rest = name.removeprefix(stem).partition(".")
+        if number.isdigit() and f"{stem}0.{rest}" in first:
+            sizes[name] = first[f"{stem}0.{rest}"]
+    return sizes
 
 
 def _require_fitting_adapter(
@@ -217,7 +225,7 @@ def _require_fitting_adapter(
 
 
 def _result(
-    tensor: Stored, name: str, cut: Cut | None, whole: Cut | None, expected: tuple[int, ...]
+    tensor: Stored, name: str, cut: Cut | None, whole: int | None, expected: tuple[int, ...]
 ) -> Planned:
     shape = list(tensor.shape)
     if cut is not None and whole is not None:
@@ -225,9 +233,9 @@ def _result(
             raise ValueError(
                 f"{tensor.file}: {name} is {tensor.dtype}; expected F32, F16 or BF16 weights"
             )
-        if cut.dim >= len(shape) or len(shape) > 2 or shape[cut.dim] != whole.keep.numel():
+        if cut.dim >= len(shape) or len(shape) > 2 or shape[cut.dim] != whole:
             raise ValueError(
-                f"{tensor.file}: {name} is {shape}; config.json promises {whole.keep.numel()} "
+                f"{tensor.file}: {name} is {shape}; config.json promises {whole} "
                 f"along dimension {cut.dim}; the checkpoint is damaged or of another model"
             )
         shape[cut.dim] = cut.keep.numel()
