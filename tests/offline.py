@@ -119,16 +119,29 @@ def _read(cubin: bytes, triton_folder: Path) -> dict[str, Any]:
 
 
 def _loop_spills(code: str) -> int:
-    """Local accesses inside the loops: between a backward branch and its target."""
+    """Local accesses that control can reach again from themselves."""
     lines = [(int(a, 16), text) for a, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", code)]
-    loops = []
-    for address, text in lines:
-        target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
-        # The trap that ends every kernel branches to itself.
-        if target and int(target.group(1), 16) < address:
-            loops.append((int(target.group(1), 16), address))
-    local = [a for a, text in lines if re.search(r"\b(?:LDL|STL)\b", text)]
-    return sum(any(first <= a <= last for first, last in loops) for a in local)
+    place = {address: i for i, (address, _) in enumerate(lines)}
+    after: list[list[int]] = []
+    for i, (_, text) in enumerate(lines):
+        jump = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        always = re.match(r"(?:BRA|EXIT|RET)\b(?!.*\bU?!?P\d)", text)
+        nexts = [place[int(jump.group(1), 16)]] if jump else []
+        after.append(nexts if always or i + 1 == len(lines) else [*nexts, i + 1])
+
+    def returns(start: int) -> bool:
+        seen, todo = set(), list(after[start])
+        while todo:
+            i = todo.pop()
+            if i == start:
+                return True
+            if i not in seen:
+                seen.add(i)
+                todo += after[i]
+        return False
+
+    local = [i for i, (_, text) in enumerate(lines) if re.search(r"\b(?:LDL|STL)\b", text)]
+    return sum(map(returns, local))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,21 @@ PROX_SPILLS = {
     (32, 11): (180, 0),
     (32, 13): (350, 12),
 }
+# The whole step holds its scalars and pointers too; from 36,864 units some of a row stays outside
+# the registers in the search as well. Rows of 0 are those of the chunked kernel.
+MINIMAX_SPILLS = {
+    (8, 3): (12, 0),
+    (8, 6): (12, 0),
+    (8, 8): (12, 0),
+    (8, 11): (12, 0),
+    (16, 0): (30, 4),
+    (16, 9): (16, 0),
+    (32, 6): (64, 0),
+    (32, 7): (72, 0),
+    (32, 9): (200, 12),
+    (32, 11): (300, 40),
+    (32, 13): (500, 56),
+}
 
 
 def prox_cases() -> list[Case]:
@@ -56,6 +71,36 @@ def prox_cases() -> list[Case]:
                     wide=tile.kernel != "all_pairs",
                 )
             )
+    return cases
+
+
+def minimax_cases() -> list[Case]:
+    from maskprune.kernels.least_s_rows import TILES
+    from maskprune.kernels.minimax_step import RATE_NAMES, constants, ffn_tile
+
+    pointers = "head ffn state table saved_head saved_ffn sum_sq next_sq counter".split()
+    types = {f"{name}_ptr": "*fp32" for name in pointers} | {"counter_ptr": "*i32"}
+    types |= dict.fromkeys(("R_head", "D_head", "R_ffn", "D_ffn", "splits"), "i32")
+    types |= dict.fromkeys(RATE_NAMES, "fp32")
+    widths = [(128, tile[0]) for tile in TILES] + [(128, TILES[-1][0] + 1)]
+    widths += [(D_head, TILES[0][0]) for D_head in (1, 32, 64)]
+    cases = []
+    for D_head, D_ffn in widths:
+        tile = ffn_tile(D_ffn)
+        rows = sum(tile.sizes.get(R, 0) for R in ("R0", "R1", "R2"))
+        spills, loop_spills = MINIMAX_SPILLS.get((tile.warps, rows), (0, 0))
+        cases.append(
+            Case(
+                module="minimax_step",
+                kernel="step_rows_then_scalars",
+                types=types,
+                constants=constants(D_head, D_ffn, scheduled=False),
+                warps=tile.warps,
+                spills=spills,
+                loop_spills=loop_spills,
+                divisible=(*(f"{name}_ptr" for name in pointers), "D_ffn"),
+            )
+        )
     return cases
 
 
@@ -125,7 +170,7 @@ def slab_cases() -> list[Case]:
     ]
 
 
-CASES = [*prox_cases(), *swiglu_cases(), *heads_cases(), *slab_cases()]
+CASES = [*prox_cases(), *minimax_cases(), *swiglu_cases(), *heads_cases(), *slab_cases()]
 
 
 @pytest.fixture(scope="module")
