@@ -32,11 +32,15 @@ lint: $(VENV)/tested
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+R := benchmarks/results
 bench: $(VENV)/tested
-	$(BIN)/python benchmarks/bench_prox.py --rows benchmarks/results/prox.jsonl --overwrite
-	$(BIN)/python benchmarks/bench_masked_forward.py ops --rows benchmarks/results/masked_forward.jsonl --overwrite
-	$(BIN)/python benchmarks/bench_fold.py --rows benchmarks/results/fold.jsonl --overwrite
-	$(BIN)/python benchmarks/latency.py --rows benchmarks/results/latency.jsonl --overwrite
+	$(BIN)/python benchmarks/bench_prox.py --rows $(R)/prox.jsonl --overwrite
+	$(BIN)/python benchmarks/bench_masked_forward.py ops --rows $(R)/masked_forward.jsonl --overwrite
+	$(BIN)/python benchmarks/bench_fold.py ops --rows $(R)/fold.jsonl --overwrite
+	$(BIN)/python benchmarks/bench_fold.py stream --gb 4 --rows $(R)/stream.jsonl --overwrite
+	$(BIN)/python benchmarks/bench_fold.py memory --gb 1 4 8 --rows $(R)/stream.jsonl --overwrite
+	$(BIN)/python benchmarks/latency.py --rows $(R)/latency.jsonl --overwrite
+	$(BIN)/python benchmarks/quality_cpu.py --rows $(R)/quality.jsonl --overwrite
 
 # On a CUDA machine, also without network: everything that travels with the checkout. Repeat the
 # command until it says that all is done; each call stops in time for a ten-minute limit.

@@ -68,9 +68,7 @@ def unfusable(mlp: nn.Module, activation: str) -> str | None:
     return None
 
 
-def _forward(
-    mlp: Any, activation: str, mask_getter: MaskGetter, x: torch.Tensor
-) -> torch.Tensor:
+def _forward(mlp: Any, activation: str, mask_getter: MaskGetter, x: torch.Tensor) -> torch.Tensor:
     mask = mask_getter()
     if mask is None:
         return type(mlp).forward(mlp, x)

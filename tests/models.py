@@ -46,7 +46,7 @@ def tiny_config(family: str, **changes: Any) -> Any:
 def tiny_model(
     family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
 ) -> Any:
-    """A random model of `family` whose biases and norms are random too, so that none hides a bug."""
+    """A random model of `family`; biases and norms are random too, so that none hides a bug."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(family, **changes), dtype=dtype)
     with torch.no_grad():

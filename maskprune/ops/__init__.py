@@ -3,6 +3,7 @@
 from maskprune.ops.fold import fold_columns, gather_rows
 from maskprune.ops.least_s_prox import LeastS, foreach_least_s_prox_, least_s_prox_
 from maskprune.ops.masked_swiglu import masked_swiglu
+from maskprune.ops.minimax_step import minimax_step_
 from maskprune.ops.scale_heads import scale_heads
 
 __all__ = [
@@ -12,5 +13,6 @@ __all__ = [
     "gather_rows",
     "least_s_prox_",
     "masked_swiglu",
+    "minimax_step_",
     "scale_heads",
 ]
