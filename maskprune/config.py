@@ -62,7 +62,7 @@ class PruneConfig:
     max_tokens: int | None = _setting(10_240_000, "Read at most this many tokens of the data.")
     learning_rate: float = _setting(1e-3, "Of the adapters; falls linearly to 0.")
     warmup: float = _setting(0.03, "Share of the steps over which the adapters' rate rises.")
-    mask_lr: float = _setting(1e-2, "Of the masks; falls linearly to 0 over the last tenth.")
+    mask_lr: float = _setting(1e-2, "Of the masks; falls linearly to 0 once the budget is reached.")
     lora_r: int = _setting(8, "Rank of the adapters.")
     lora_alpha: int = _setting(8, "Scale of the adapters is lora_alpha / lora_r.")
     lora_targets: str = _setting(

@@ -103,8 +103,11 @@ class PruneTrainer(Trainer):
             def weights(step: int) -> float:
                 return min(1.0, (step + 1) / warmup) * (1 - step / T)
 
+            ramp = self.solver.rates.reach
+
+            # At full rate while the solver chooses; then the kept masks only settle.
             def masks(step: int) -> float:
-                return min(1.0, (1 - step / T) / 0.1)
+                return min(1.0, (1 - step / T) / (1 - ramp))
 
             target: Any = optimizer or self.optimizer
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(target, [weights, masks])

@@ -58,7 +58,7 @@ class _Observer:
 
 
 # A step's logits are the largest thing in memory: vocabulary x tokens x 4 bytes, several times.
-_TOKENS_AT_ONCE = 1024
+_TOKENS_AT_ONCE = 512
 
 
 def taylor(model: nn.Module, masks: Masks, blocks: torch.Tensor) -> Saliency:
