@@ -92,7 +92,7 @@ def taylor(model: nn.Module, masks: Masks, blocks: torch.Tensor) -> Saliency:
         p.requires_grad_(False)
     model.eval()
     try:
-        with masks.off(), _Observer(model, FAMILIES[masks.family], see):
+        with torch.enable_grad(), masks.off(), _Observer(model, FAMILIES[masks.family], see):
             for ids in blocks.split(max(1, _TOKENS_AT_ONCE // blocks.shape[1])):
                 embedded = base.get_input_embeddings()(ids).detach().requires_grad_()
                 logits = model(inputs_embeds=embedded, use_cache=False).logits
