@@ -13,18 +13,19 @@ from maskprune.version import __version__
 if TYPE_CHECKING:
     from maskprune import ops
     from maskprune.budget import Budget
+    from maskprune.callbacks import PruneCallback
     from maskprune.config import PruneConfig
     from maskprune.exporter import export
     from maskprune.masks import Masks, attach_masks, load_masks
     from maskprune.minimax import Minimax
     from maskprune.streaming import export_checkpoint
-    from maskprune.training import PruneCallback, PruneResult, prune
+    from maskprune.training import PruneResult, prune
 
 _HOMES = {
     "Budget": "budget",
     "Masks": "masks",
     "Minimax": "minimax",
-    "PruneCallback": "training",
+    "PruneCallback": "callbacks",
     "PruneConfig": "config",
     "PruneResult": "training",
     "attach_masks": "masks",

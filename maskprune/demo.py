@@ -221,9 +221,3 @@ def _prose(archive: zipfile.ZipFile) -> Iterator[tuple[str, str]]:
                 continue
             seen.add(text)
             yield title.strip(), text
-
-
-if __name__ == "__main__":
-    from maskprune.demonstrate import main
-
-    sys.exit(main())

@@ -196,8 +196,8 @@ def demonstrate(out: Path, steps: int, seed: int = 0) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m maskprune.demo`."""
-    parser = argparse.ArgumentParser(prog="python -m maskprune.demo", description=__doc__)
+    """`python -m maskprune.demonstrate`."""
+    parser = argparse.ArgumentParser(prog="python -m maskprune.demonstrate", description=__doc__)
     parser.add_argument("-o", "--out", type=Path, default=Path("demo-out"))
     parser.add_argument("--steps", type=int, default=100, help="training steps (default 100)")
     parser.add_argument("--seed", type=int, default=0)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from maskprune.budget import Budget
+from maskprune.callbacks import PruneCallback, TraceCallback
 from maskprune.checkpoints import latest, load_solver, mark_complete, save_solver
 from maskprune.config import PruneConfig
 from maskprune.cuts import Shape
@@ -28,7 +27,6 @@ from maskprune.distill import distill
 from maskprune.exporter import export
 from maskprune.masks import Masks, attach_masks
 from maskprune.minimax import Minimax
-from maskprune.progress import Progress
 from maskprune.speed import bfloat16_is_faster
 from maskprune.warmstart import one_shot, warm_start
 
@@ -158,87 +156,6 @@ class PruneTrainer(Trainer):
         for name, parameter in self.masks.named_parameters():
             parameter.data.copy_(values[name])
         self.solver.load_state_dict(state)
-
-
-class PruneCallback(TrainerCallback):
-    """Runs the proximal step after each optimizer step; clips the adapters' gradient before it.
-
-    Works with any `Trainer` whose optimizer trains the masks:
-    `Trainer(..., callbacks=[PruneCallback(solver)])`.
-    """
-
-    def __init__(self, solver: Minimax, max_grad_norm: float = 0.0) -> None:
-        self.solver, self.max_grad_norm = solver, max_grad_norm
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
-        if self.max_grad_norm:
-            mask_ids = {id(p) for p in self.solver.masks.parameters()}
-            model: nn.Module = kw["model"]
-            weights = [p for p in model.parameters() if p.requires_grad and id(p) not in mask_ids]
-            torch.nn.utils.clip_grad_norm_(weights, self.max_grad_norm)
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
-        self.solver.step()
-
-
-class TraceCallback(TrainerCallback):
-    """Writes the trace and shows the progress; stops at a loss that is not finite."""
-
-    def __init__(self, path: Path, config: PruneConfig, quiet: bool) -> None:
-        self.path, self.config, self.quiet = path, config, quiet
-        self.rows: list[dict[str, Any]] = []
-        self.trainer: Any = None
-        self.progress: Progress | None = None
-        self.mark = (0, 0.0)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
-        if self.path.is_file():
-            rows = [json.loads(line) for line in self.path.read_text().splitlines()]
-            self.rows = [row for row in rows if row["step"] <= state.global_step]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        self.progress = Progress(args.max_steps, state.global_step, self.quiet)
-        self.mark = (state.global_step, time.monotonic())
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
-        assert self.progress is not None
-        self.progress.advance()
-        done = state.global_step
-        due = done == 1 or done % self.config.logging_steps == 0 or done == args.max_steps
-        # On the CPU the check is free; on a GPU it would stall every step.
-        if due or args.device.type == "cpu":
-            self.trainer.require_finite()
-        if not due:
-            return
-        row = self.row(done, kw["optimizer"])
-        self.rows.append(row)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        self.progress.show(row)
-
-    def row(self, done: int, optimizer: Any) -> dict[str, Any]:
-        """The state of the run after `done` steps."""
-        solver, masks = self.trainer.solver, self.trainer.masks
-        now, left = solver.read(), solver.residuals()
-        steps, since = done - self.mark[0], time.monotonic() - self.mark[1]
-        self.mark = (done, time.monotonic())
-        row = {"step": done, **{k: v.item() for k, v in self.trainer.last_loss.items()}}
-        names = ("R", "y", "z", "r_head", "r_ffn", "s_head", "s_ffn", "interval", "shrink", "S")
-        row |= {name: now[name] for name in names}
-        row |= {
-            "R_star": solver.budget.R_star,
-            "locked": bool(now["locked"]),
-            "residual_head": left["head"],
-            "residual_ffn": left["ffn"],
-            "width_spread": float((masks.ffn > 0.5).sum(1).double().std(correction=0)),
-            "tokens_per_s": steps * self.config.batch_size * self.config.seq_len / max(since, 1e-9),
-            "lr": optimizer.param_groups[0]["lr"],
-            "mask_lr": optimizer.param_groups[1]["lr"],
-        }
-        return row
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
-        if self.progress:
-            self.progress.close()
 
 
 def total_steps(config: PruneConfig, n_blocks: int) -> int:

@@ -23,7 +23,7 @@ LEVELS = [
     {"target", "fused"},
     {"budget", "masks", "stock", "data", "demo"},
     {"plan", "minimax", "distill", "load", "warmstart", "exporter", "checkpoints", "speed", "lora"},
-    {"evaluate", "stream_plan", "tensor_stream", "plots"},
+    {"evaluate", "stream_plan", "tensor_stream", "plots", "callbacks"},
     {"training", "streaming", "report", "check"},
     {"run", "demonstrate"},
     {"cli"},
