@@ -48,7 +48,7 @@ class PruneConfig:
     )
     warm_start_blocks: int = _setting(32, "Blocks of seq_len tokens that the ranking reads.")
     reach: float | None = _setting(
-        None, "Share of the steps after which the budget is reached; 0.2 warm, 0.6 cold."
+        None, "Share of the steps after which the budget is reached; 0.1 warm, 0.6 cold."
     )
     eta1: float | None = _setting(None, "Decay rate of pruned masks at the first step.")
     interval: int | None = _setting(

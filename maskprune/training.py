@@ -239,7 +239,7 @@ def prune(
     if config.gradient_checkpointing:
         _checkpoint_activations(core)
     masks = attach_masks(peft_model, config.head_unit)
-    reach = config.reach or (0.6 if config.warm_start == "none" else 0.2)
+    reach = config.reach or (0.6 if config.warm_start == "none" else 0.1)
     solver = Minimax(
         masks,
         budget,

@@ -47,7 +47,7 @@ def simulate(
     if warm:
         head = torch.exp(torch.randn(shape.layers, shape.heads, generator=g)) * 20
         start_masks(masks, budget, (head, curvature[1]))
-    reach = 0.2 if warm else 0.6
+    reach = 0.1 if warm else 0.6
     solver = kind(masks, budget, T, **({"reach": reach} | options))
     optimizer = torch.optim.AdamW(masks.parameters(), lr=lr, weight_decay=0.0)
     for t in range(T):
