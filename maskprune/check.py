@@ -11,9 +11,6 @@ import torch
 
 from maskprune.stock import stock_config
 
-# Relative to the largest logit; what rounding in each dtype may move.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 2e-2}
-
 
 @dataclass
 class Findings:
@@ -117,7 +114,7 @@ def _check_equal(
     adapter: Path,
     found: Findings,
 ) -> None:
-    from maskprune.exporter import compare_logits
+    from maskprune.exporter import TOLERANCE, compare_logits
     from maskprune.load import load_model
     from maskprune.masks import attach_masks, load_masks
 

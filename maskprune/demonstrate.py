@@ -18,7 +18,7 @@ from maskprune.card import model_card
 from maskprune.config import PruneConfig
 from maskprune.demo import demo_model_dir, demo_text
 from maskprune.evaluate import perplexity
-from maskprune.exporter import compare_logits, save_stock
+from maskprune.exporter import compare_logits, require_equal, save_stock
 from maskprune.files import new_folder, replace_file, write_json
 from maskprune.load import load_model
 from maskprune.speed import throughput
@@ -143,6 +143,7 @@ def demonstrate(out: Path, steps: int, seed: int = 0) -> dict[str, Any]:
         pruned_model, _ = load_model(folder, device="cpu")
         sample = tokenizer(" ".join(PROMPTS), return_tensors="pt")["input_ids"]
         difference = compare_logits(result.masked_model, pruned_model, sample)
+        require_equal(difference, pruned_model.dtype)
         # The masked model and its adapters go before the dense one comes back.
         trace, residuals = result.trace, result.residuals
         del model, result

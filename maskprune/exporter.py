@@ -17,6 +17,9 @@ from maskprune.masks import Masks
 from maskprune.stock import write_stock_files
 from maskprune.target import target_config
 
+# Share of the largest logit that rounding may move; half precision rounds weights and activations.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 2e-2}
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -140,6 +143,20 @@ def compare_logits(a: nn.Module, b: nn.Module, input_ids: torch.Tensor) -> Diffe
         largest_logit=float(x.abs().max()),
         top1_agreement=float((x.argmax(-1) == y.argmax(-1)).double().mean()),
     )
+
+
+def require_equal(difference: Difference, dtype: torch.dtype) -> None:
+    """Refuse an export whose logits are not the masked model's.
+
+    Raises:
+        RuntimeError: they are further apart than rounding in `dtype` explains.
+    """
+    if not difference.relative <= TOLERANCE[dtype]:
+        raise RuntimeError(
+            f"the exported logits differ from the masked model's by {difference.largest:.2e} of "
+            f"{difference.largest_logit:.1f}; expected at most {TOLERANCE[dtype]} of the largest; "
+            "nothing was written; please report this with the settings"
+        )
 
 
 def save_stock(

@@ -17,7 +17,7 @@ from maskprune.card import model_card
 from maskprune.config import PruneConfig
 from maskprune.data import token_blocks
 from maskprune.demo import MODEL_NAME, demo_text
-from maskprune.exporter import compare_logits, save_stock
+from maskprune.exporter import compare_logits, require_equal, save_stock
 from maskprune.files import new_folder, require_new_folder, write_json
 from maskprune.load import load_model, resolve_model
 from maskprune.plan import cost, lint, plan, render
@@ -137,6 +137,7 @@ def run_prune(
 
     ids = blocks[: min(4, len(blocks))].to(next(result.model.parameters()).device)
     difference = compare_logits(result.masked_model, result.model, ids)
+    require_equal(difference, result.model.dtype)
     where = Path(resolve_model(name))
     dense, small = made.dense, cost(result.model.config)
     record: dict[str, Any] = {

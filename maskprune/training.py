@@ -281,6 +281,8 @@ def prune(
         trainer.remove_callback(ProgressCallback)
         with _quiet_trainer():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        # Trainer leaves its autocast around forward; the proof must run at full precision.
+        trainer.accelerator.unwrap_model(peft_model, keep_fp32_wrapper=False)
     residuals = solver.finish()
     peft_model.eval()
     core.config.use_cache = True

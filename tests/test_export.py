@@ -9,12 +9,19 @@ import torch
 from models import randomise, tiny_model, tokens
 from transformers import AutoModelForCausalLM
 
-from maskprune.exporter import compare_logits, export, final_shape, save_stock
+from maskprune.exporter import (
+    TOLERANCE,
+    Difference,
+    compare_logits,
+    export,
+    final_shape,
+    require_equal,
+    save_stock,
+)
 from maskprune.families import FAMILIES
 from maskprune.masks import attach_masks, load_masks
 
-# Share of the largest logit that rounding may move.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+DTYPES = (torch.float64, torch.float32)
 
 WITH_HEADS = [name for name, family in FAMILIES.items() if family.prunes_heads]
 
@@ -30,7 +37,7 @@ def reloaded(small, folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=small.dtype).eval()
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_unit", ["kv_group", "query_head"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_masked_logits_equal_those_of_the_exported_and_reloaded_model(
@@ -192,3 +199,14 @@ def test_unknown_families_are_refused_by_name(changes, message):
 
     with pytest.raises(ValueError, match=message):
         family_of(SimpleNamespace(**changes))
+
+
+def test_an_export_that_is_not_equal_is_refused():
+    require_equal(Difference(1e-3, 30.0, 1.0), torch.float32)
+    for wrong in (0.4, float("nan")):
+        with pytest.raises(RuntimeError, match="nothing was written"):
+            require_equal(Difference(wrong, 30.0, 1.0), torch.float32)
+
+
+def test_the_promised_tolerances_are_these():
+    assert TOLERANCE[torch.float64] == 1e-10 and TOLERANCE[torch.float32] == 1e-4

@@ -50,6 +50,12 @@ def test_the_result_is_uniform_on_budget_and_equal_to_the_masked_model(family):
     assert difference.relative < 1e-4 and difference.largest_logit > 0.1
 
 
+def test_training_in_bfloat16_leaves_no_autocast_in_the_proof():
+    result = run(autocast="bfloat16")
+    difference = compare_logits(result.masked_model, result.model, tokens())
+    assert difference.relative < 1e-4
+
+
 @pytest.mark.parametrize(
     "changes",
     [
