@@ -2,9 +2,10 @@
 
     python benchmarks/quality_cpu.py --rows benchmarks/results/quality.jsonl
 
-Both arms read the same tokens in the same order, train the same adapters with the same loss and
-rates, and end in the same legal shape: the one that MaskPrune learned. They differ in what is
-pruned and in whether the masks train. Held-out perplexity is on text that neither arm read.
+All arms read the same tokens in the same order and train adapters of the same places and ranks
+with the same loss and rates. `wanda-sp` prunes equal fractions of heads and FFN, as published;
+`wanda-sp-split` is given the shape that MaskPrune learned, `wanda-sp-split-compensated` its
+compensation as well. Held-out perplexity is on text that no arm read.
 """
 
 from __future__ import annotations
@@ -26,13 +27,22 @@ from maskprune.evaluate import perplexity
 from maskprune.load import load_model
 from maskprune.training import prune
 
-ARMS = ("maskprune", "wanda-sp", "taylor")
+# Each arm: the method, whether it gets the learned shape, whether it compensates.
+ARMS = {
+    "maskprune": ("maskprune", False, True),
+    "wanda-sp": ("wanda-sp", False, False),
+    "wanda-sp-split": ("wanda-sp", True, False),
+    "wanda-sp-split-compensated": ("wanda-sp", True, True),
+    "taylor-split-compensated": ("taylor", True, True),
+    "maskprune-plain": ("maskprune", False, False),
+}
 
 
-def settings(args: Any, method: str, seed: int, shape: Shape | None, dense: Shape) -> PruneConfig:
-    """The settings of one arm; one-shot arms get the shape that MaskPrune ended in."""
+def settings(args: Any, arm: str, seed: int, shape: Shape | None, dense: Shape) -> PruneConfig:
+    """The settings of one arm."""
+    method, given, compensates = ARMS[arm]
     split: dict[str, Any] = {"sparsity": args.sparsity}
-    if shape is not None:
+    if given and shape is not None:
         split = {
             "head_sparsity": 1 - shape.kv_heads / dense.kv_heads,
             "ffn_sparsity": 1 - shape.ffn / dense.ffn,
@@ -40,7 +50,7 @@ def settings(args: Any, method: str, seed: int, shape: Shape | None, dense: Shap
     extra = {name: value for name, value in args.set}
     return PruneConfig(
         **split,
-        **extra,
+        **({"compensate": compensates} | extra),
         method=method,
         steps=args.steps,
         batch_size=args.batch_size,
@@ -52,21 +62,21 @@ def settings(args: Any, method: str, seed: int, shape: Shape | None, dense: Shap
     )
 
 
-def one_run(args: Any, method: str, seed: int, shape: Shape | None) -> tuple[dict[str, Any], Shape]:
+def one_run(args: Any, arm: str, seed: int, shape: Shape | None) -> tuple[dict[str, Any], Shape]:
     """Prune once and measure; returns the row and the shape it ended in."""
     train, held_out = demo_text()
     model, tokenizer = load_model(demo_model_dir(), dtype="float32")
     from maskprune.target import shape_of
 
     dense = shape_of(model.config)
-    config = settings(args, method, seed, shape, dense)
+    config = settings(args, arm, seed, shape, dense)
     blocks = token_blocks(train, tokenizer, args.seq_len, seed=seed)
     started = time.monotonic()
     result = prune(model, tokenizer, blocks, config, quiet=args.quiet)
     seconds = time.monotonic() - started
     row: dict[str, Any] = {
         "op": "quality",
-        "provider": method,
+        "provider": arm,
         "seed": seed,
         "sparsity": 1 - result.trace[-1]["R"],
         "heads": result.shape.heads,
@@ -75,7 +85,7 @@ def one_run(args: Any, method: str, seed: int, shape: Shape | None) -> tuple[dic
         "steps": args.steps,
         "tokens_per_step": args.batch_size * args.seq_len,
         "learning_rate": args.learning_rate,
-        "warm_start": config.warm_start if method == "maskprune" else None,
+        "warm_start": config.warm_start if config.method == "maskprune" else None,
         "last_kl": result.trace[-1]["kl"],
         "locked_at": next((r["step"] for r in result.trace if r["locked"]), None),
         "residual": max(result.residuals.values()),
@@ -118,13 +128,13 @@ def main() -> int:
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["maskprune", "wanda-sp"])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS)[:4])
     parser.add_argument(
         "--shape",
         type=int,
         nargs=2,
         metavar=("KV_HEADS", "FFN"),
-        help="shape of one-shot arms that run without maskprune",
+        help="the shape of -split arms that run without maskprune",
     )
     parser.add_argument("--text", help="another text for perplexity, such as WikiText-2's")
     parser.add_argument("--window", type=int, default=512)
@@ -153,9 +163,10 @@ def main() -> int:
         shape: Shape | None = None
         if args.shape:
             shape = Shape(0, 0, args.shape[0], 0, args.shape[1])
-        for arm in sorted(args.arms, key=ARMS.index):
-            row, ended = one_run(args, arm, seed, None if arm == "maskprune" else shape)
-            shape = shape or ended
+        for arm in sorted(args.arms, key=list(ARMS).index):
+            row, ended = one_run(args, arm, seed, shape)
+            if arm.startswith("maskprune"):
+                shape = shape or ended
             rows.append(common | row)
             print(row, flush=True)
             gc.collect()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,33 @@ class PruneCallback(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         self.solver.step()
+
+
+class CompensationCallback(TrainerCallback):
+    """Once, when the solver has made the shape final: starts the output adapters anew.
+
+    Until then each step asks the solver, which synchronises with the device. A run resumed from a
+    checkpoint with a final shape has had it.
+
+    Args:
+        compensation: sets the adapters, returns the parameters that it set.
+    """
+
+    def __init__(self, solver: Minimax, compensation: Callable[[], list[nn.Parameter]]) -> None:
+        self.solver, self.compensation = solver, compensation
+        self.done = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        self.done = self.solver.locked
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        if self.done or not self.solver.locked:
+            return
+        self.done = True
+        for p in self.compensation():
+            # Moments of the old factors say nothing of the new ones.
+            for moment in kw["optimizer"].state.get(p, {}).values():
+                moment.zero_()
 
 
 class TraceCallback(TrainerCallback):

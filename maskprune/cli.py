@@ -59,7 +59,8 @@ def parse(
         arguments[:1] = [f"--{positional}", arguments[0]]
     given = {a.partition("=")[0] for a in arguments if a.startswith("-")}
     for key, value in recipe.items():
-        names = {f"--{key}", f"--{key.replace('_', '-')}"}
+        dashed = key.replace("_", "-")
+        names = {f"--{key}", f"--{dashed}", f"--no_{key}", f"--no-{dashed}"}
         if key == "output":
             names.add("-o")
         if not names & given and value is not None:

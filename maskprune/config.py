@@ -46,7 +46,9 @@ class PruneConfig:
     warm_start: str = _setting(
         "taylor", "Ranking that the masks start from: none (the paper), wanda-sp or taylor."
     )
-    warm_start_blocks: int = _setting(32, "Blocks of seq_len tokens that the ranking reads.")
+    warm_start_blocks: int = _setting(
+        32, "Blocks of seq_len tokens that the ranking reads, and the compensation."
+    )
     reach: float | None = _setting(
         None, "Share of the steps after which the budget is reached; 0.1 warm, 0.6 cold."
     )
@@ -66,6 +68,12 @@ class PruneConfig:
         2e-3, "Of the masks (the paper: 1e-2); falls linearly to 0 once the budget is reached."
     )
     lora_r: int = _setting(8, "Rank of the adapters.")
+    output_r: int = _setting(
+        64, "Rank of the adapters of W_O and W_down, whose scale is 1; their inputs are pruned."
+    )
+    compensate: bool = _setting(
+        True, "Start those adapters, once the shape is final, at the least-squares compensation."
+    )
     lora_alpha: int = _setting(8, "Scale of the adapters is lora_alpha / lora_r.")
     lora_targets: str = _setting(
         "all-linear",
@@ -116,6 +124,7 @@ class PruneConfig:
             "save_steps": 1,
             "logging_steps": 1,
             "lora_r": 1,
+            "output_r": 1,
             "interval": 1,
             "multiple_of": 1,
         }

@@ -150,9 +150,15 @@ def layers_of(model: Any) -> Sequence[nn.Module]:
 
 def attention_output(layer: nn.Module, family: Family) -> nn.Module:
     """W_O of one block: its input is the concatenated heads, (..., H * d_h)."""
-    return layer.get_submodule(f"{family.attention}.{family.o}")
+    return layer.get_submodule(output_names(family)[0])
 
 
 def ffn_output(layer: nn.Module, family: Family) -> nn.Module:
     """W_down of one block: its input is the FFN activation, (..., F)."""
-    return get_submodule(layer, family.ffn).get_submodule(family.down)
+    return layer.get_submodule(output_names(family)[1])
+
+
+def output_names(family: Family) -> tuple[str, ...]:
+    """How the names of W_O and W_down end, as PEFT's patterns take them."""
+    ffn = f"{family.ffn}.{family.down}" if family.ffn else family.down
+    return (f"{family.attention}.{family.o}", ffn)

@@ -154,8 +154,14 @@ def load_masks(path: str | Path) -> Masks:
             f"{path} has format version {meta.get('format_version')}; this maskprune reads "
             f"{FORMAT_VERSION}; install the version that wrote it"
         )
-    shape = Shape(**json.loads(meta["shape"]))
-    masks = Masks(shape, meta["head_unit"], meta["family"], meta.get("source_model", ""))
+    try:
+        shape = Shape(**json.loads(meta["shape"]))
+        masks = Masks(shape, meta["head_unit"], meta["family"], meta.get("source_model", ""))
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(
+            f"{path}: its header does not say a known family, head unit and shape ({error!r}); "
+            "the file is damaged, take the one that `maskprune prune` wrote"
+        ) from None
     for name, value in tensors.items():
         parameter = getattr(masks, name)
         if parameter.shape != value.shape or value.dtype != torch.float32:

@@ -179,6 +179,24 @@ class Minimax:
         return out
 
     @torch.no_grad()
+    def kept(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The masks of heads and FFN units as they end: the final split's least ones at 0.
+
+        Raises:
+            RuntimeError: the budget is not reached.
+        """
+        split = self.split()
+        out = []
+        for m, s in ((self.masks.head, split.head), (self.masks.ffn, split.ffn)):
+            # A kept mask that training drove to 0 would change the count; the least float
+            # keeps the unit without changing the function.
+            final = m.clamp(min=torch.finfo(torch.float32).tiny)
+            if m.numel():
+                final.scatter_(1, m.sort(dim=1, stable=True).indices[:, :s], 0.0)
+            out.append(final)
+        return out[0], out[1]
+
+    @torch.no_grad()
     def finish(self) -> dict[str, float]:
         """Set the pruned masks to exactly 0; returns what was left of them before.
 
@@ -186,14 +204,9 @@ class Minimax:
             RuntimeError: the budget is not reached, or the masks are NaN.
         """
         self.require_healthy()
-        split, left = self.split(), self.residuals()
-        for m, s in ((self.masks.head, split.head), (self.masks.ffn, split.ffn)):
-            if m.numel():
-                gone = m.sort(dim=1, stable=True).indices[:, :s]
-                # A kept mask that training drove to 0 would change the count; the least float
-                # keeps the unit without changing the function.
-                m.clamp_(min=torch.finfo(torch.float32).tiny)
-                m.scatter_(1, gone, 0.0)
+        left = self.residuals()
+        for m, final in zip((self.masks.head, self.masks.ffn), self.kept(), strict=True):
+            m.copy_(final)
         return left
 
     def state_dict(self) -> dict[str, Any]:

@@ -14,17 +14,19 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from maskprune.budget import Budget
-from maskprune.callbacks import PruneCallback, TraceCallback
+from maskprune.callbacks import CompensationCallback, PruneCallback, TraceCallback
 from maskprune.checkpoints import latest, load_solver, mark_complete, save_solver
+from maskprune.compensation import compensate
 from maskprune.config import PruneConfig
 from maskprune.cuts import Shape
 from maskprune.data import block_order, token_blocks
 from maskprune.distill import distill
 from maskprune.exporter import export
+from maskprune.families import family_of, output_names
 from maskprune.masks import Masks, attach_masks
 from maskprune.minimax import Minimax
 from maskprune.speed import bfloat16_is_faster
@@ -228,11 +230,18 @@ def prune(
     device = next(core.parameters()).device
     core.config.use_cache = False
     targets = config.lora_targets
+    outputs = {
+        name: config.output_r
+        for name in output_names(family_of(core.config))
+        if targets == "all-linear" or name.endswith(tuple(targets.split(",")))
+    }
     peft_model: Any = get_peft_model(
         core,
         LoraConfig(
             r=config.lora_r,
             lora_alpha=config.lora_alpha,
+            rank_pattern=outputs,
+            alpha_pattern=outputs,
             target_modules=targets if targets == "all-linear" else targets.split(","),
         ),
     )
@@ -259,19 +268,32 @@ def prune(
         checkpoint = latest(run) if resume else None
         learned = config.method == "maskprune"
         masks.requires_grad_(learned)
+        sample = blocks[: config.warm_start_blocks].to(device)
+
+        def computing() -> torch.autocast:
+            return torch.autocast(device.type, torch.bfloat16, enabled=autocast)
+
+        def compensation() -> list[nn.Parameter]:
+            with computing():
+                return compensate(peft_model, masks, solver.kept(), sample)
+
+        callbacks: list[TrainerCallback] = [PruneCallback(solver, config.max_grad_norm)]
         if checkpoint is None:
-            sample = blocks[: config.warm_start_blocks].to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            with computing():
                 if learned:
                     warm_start(config.warm_start, peft_model, masks, budget, sample)
                 else:
                     solver.lock(one_shot(config.method, peft_model, masks, budget, sample))
+            if config.compensate and solver.locked:
+                compensation()
+        if config.compensate and learned:
+            callbacks.append(CompensationCallback(solver, compensation))
         trace = TraceCallback(run / "trace.jsonl", config, quiet)
         trainer = PruneTrainer(
             model=peft_model,
             args=_arguments(config, run, steps, device, autocast),
             train_dataset=_Blocks(blocks, order),
-            callbacks=[PruneCallback(solver, config.max_grad_norm), trace],
+            callbacks=[*callbacks, trace],
             masks=masks,
             solver=solver,
             config=config,

@@ -22,7 +22,7 @@ WARM_STARTS = ("none", "wanda-sp", "taylor")
 Saliency = tuple[torch.Tensor, torch.Tensor]
 
 
-class _Observer:
+class Observer:
     """Hooks that show, for each layer, the inputs of W_O and W_down and their gradients."""
 
     def __init__(self, model: nn.Module, family: Any, see: Callable[..., None]) -> None:
@@ -58,7 +58,7 @@ class _Observer:
 
 
 # A step's logits are the largest thing in memory: vocabulary x tokens x 4 bytes, several times.
-_TOKENS_AT_ONCE = 512
+TOKENS_AT_ONCE = 512
 
 
 def taylor(model: nn.Module, masks: Masks, blocks: torch.Tensor) -> Saliency:
@@ -92,8 +92,8 @@ def taylor(model: nn.Module, masks: Masks, blocks: torch.Tensor) -> Saliency:
         p.requires_grad_(False)
     model.eval()
     try:
-        with torch.enable_grad(), masks.off(), _Observer(model, FAMILIES[masks.family], see):
-            for ids in blocks.split(max(1, _TOKENS_AT_ONCE // blocks.shape[1])):
+        with torch.enable_grad(), masks.off(), Observer(model, FAMILIES[masks.family], see):
+            for ids in blocks.split(max(1, TOKENS_AT_ONCE // blocks.shape[1])):
                 embedded = base.get_input_embeddings()(ids).detach().requires_grad_()
                 logits = model(inputs_embeds=embedded, use_cache=False).logits
                 loss = functional.cross_entropy(
@@ -127,8 +127,8 @@ def wanda_sp(model: nn.Module, masks: Masks, blocks: torch.Tensor) -> Saliency:
     training = model.training
     model.eval()
     try:
-        with masks.off(), _Observer(model, family, see):
-            for ids in blocks.split(max(1, _TOKENS_AT_ONCE // blocks.shape[1])):
+        with masks.off(), Observer(model, family, see):
+            for ids in blocks.split(max(1, TOKENS_AT_ONCE // blocks.shape[1])):
                 model(input_ids=ids, use_cache=False)
     finally:
         model.train(training)

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from models import randomise, tiny_model, tokens
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from maskprune.exporter import (
@@ -156,6 +157,32 @@ def test_masks_survive_their_file_and_refuse_another_model(tmp_path):
     assert again.metadata() == masks.metadata()
     with pytest.raises(ValueError, match="use the masks that were trained on this model"):
         attach_masks(tiny_model("qwen2"), masks=again)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("shape", None),
+        ("shape", "{"),
+        ("shape", "[2, 4]"),
+        ("shape", '{"layers": 2}'),
+        ("shape", '{"layers": "2", "heads": 4, "kv_heads": 2, "head_dim": 8, "ffn": 32}'),
+        ("shape", '{"layers": 2, "heads": 4, "kv_heads": 0, "head_dim": 8, "ffn": 32}'),
+        ("shape", '{"layers": -2, "heads": 4, "kv_heads": 2, "head_dim": 8, "ffn": 32}'),
+        ("head_unit", "pair"),
+        ("family", "rwkv"),
+        ("family", None),
+    ],
+)
+def test_a_masks_file_with_a_broken_header_is_one_clear_error(field, value, tmp_path):
+    _, masks = masked("llama", "query_head")
+    header = masks.metadata() | ({field: value} if value is not None else {})
+    if value is None:
+        del header[field]
+    tensors = {"head": masks.head.detach(), "ffn": masks.ffn.detach()}
+    save_file(tensors, tmp_path / "masks.safetensors", metadata=header)
+    with pytest.raises(ValueError, match="header"):
+        load_masks(tmp_path / "masks.safetensors")
 
 
 def test_detach_restores_the_model():

@@ -23,6 +23,7 @@ LEVELS = [
     {"target", "fused"},
     {"budget", "masks", "stock", "data", "demo"},
     {"plan", "minimax", "distill", "load", "warmstart", "exporter", "checkpoints", "speed", "lora"},
+    {"compensation"},
     {"evaluate", "stream_plan", "tensor_stream", "plots", "callbacks"},
     {"training", "streaming", "report", "check"},
     {"run", "demonstrate"},

@@ -165,3 +165,46 @@ def test_the_trace_has_what_the_report_draws(tmp_path):
 def test_settings_that_cannot_work_are_refused_before_training(changes, message):
     with pytest.raises(ValueError, match=message):
         run(**changes)
+
+
+def test_the_compensation_runs_once_when_the_shape_is_final(monkeypatch):
+    from maskprune import training
+
+    calls = []
+    honest = training.compensate
+
+    def counted(model, masks, kept, blocks):
+        calls.append([int((m == 0).sum()) for m in kept])
+        return honest(model, masks, kept, blocks)
+
+    monkeypatch.setattr(training, "compensate", counted)
+    result = run(reach=0.5)
+    assert calls == [[int((m == 0).sum()) for m in (result.masks.head, result.masks.ffn)]]
+    run(method="wanda-sp")
+    assert len(calls) == 2
+    run(compensate=False)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("killed", [7, 11, 15, 20])
+def test_a_run_broken_before_or_after_the_compensation_resumes_to_the_bit(
+    killed, tmp_path, monkeypatch
+):
+    settings = dict(reach=0.5, save_steps=4, output_r=4)
+    whole = run(tmp_path / "whole", **settings)
+    assert 7 < next(row["step"] for row in whole.trace if row["locked"]) < 20
+    honest = PruneTrainer.compute_loss
+
+    def broken(self, *args, **kwargs):
+        if self.state.global_step == killed:
+            raise InterruptedError
+        return honest(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(PruneTrainer, "compute_loss", broken)
+        run(tmp_path / "broken", **settings)
+    again = run(tmp_path / "broken", resume=True, **settings)
+    for (name, p), q in zip(
+        whole.masked_model.named_parameters(), again.masked_model.parameters(), strict=True
+    ):
+        assert torch.equal(p, q), name
