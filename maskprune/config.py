@@ -69,10 +69,13 @@ class PruneConfig:
     )
     lora_r: int = _setting(8, "Rank of the adapters.")
     output_r: int = _setting(
-        64, "Rank of the adapters of W_O and W_down, whose scale is 1; their inputs are pruned."
+        128, "Rank of the adapters of W_O and W_down, whose scale is 1; their inputs are pruned."
     )
     compensate: bool = _setting(
         True, "Start those adapters, once the shape is final, at the least-squares compensation."
+    )
+    compensation_tokens: int | None = _setting(
+        None, "Tokens of the data that the compensation is fitted to; 32 per FFN unit of a layer."
     )
     lora_alpha: int = _setting(8, "Scale of the adapters is lora_alpha / lora_r.")
     lora_targets: str = _setting(
@@ -125,6 +128,7 @@ class PruneConfig:
             "logging_steps": 1,
             "lora_r": 1,
             "output_r": 1,
+            "compensation_tokens": 1,
             "interval": 1,
             "multiple_of": 1,
         }

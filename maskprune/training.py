@@ -274,8 +274,10 @@ def prune(
             return torch.autocast(device.type, torch.bfloat16, enabled=autocast)
 
         def compensation() -> list[nn.Parameter]:
+            tokens = config.compensation_tokens or 32 * masks.shape.ffn
+            fitted = blocks[: -(-tokens // blocks.shape[1])].to(device)
             with computing():
-                return compensate(peft_model, masks, solver.kept(), sample)
+                return compensate(peft_model, masks, solver.kept(), fitted)
 
         callbacks: list[TrainerCallback] = [PruneCallback(solver, config.max_grad_norm)]
         if checkpoint is None:
