@@ -10,11 +10,14 @@ A provider whose output the check refuses is timed by nobody and has no row.
 
 from __future__ import annotations
 
+import gc
 import os
 import random
+import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +38,7 @@ __all__ = [
     "measure",
     "noise",
     "pytest_row",
+    "ratio",
     "read_rows",
     "same_as",
     "show",
@@ -73,6 +77,33 @@ class Times:
         return row | {"samples": len(self.samples)}
 
 
+def ratio(slow: Sequence[Times], fast: Sequence[Times]) -> float:
+    """Median over rounds of (mean of the slow samples of a round / mean of its fast ones).
+
+    For times that `interleaved` took together: what slows a whole round, or many in a row, cancels
+    within each, where a ratio of medians takes it for a difference.
+    """
+    means = (
+        [statistics.fmean(r) for r in zip(*(t.samples for t in s), strict=True)]
+        for s in (slow, fast)
+    )
+    return statistics.median(a / b for a, b in zip(*means, strict=True))
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Python's garbage is collected now, and not again until the end."""
+    gc.collect()
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+@uncollected()
 def interleaved(
     providers: Mapping[str, Callable[[], Any]],
     *,
@@ -88,7 +119,7 @@ def interleaved(
 
     One sample is the mean of as many calls as last `min_sample_ms`; with `before` (untimed: it
     restores an input or flushes a cache) it is one call. `max_seconds` ends the rounds early,
-    but never before the fifth.
+    but never before the fifth. No garbage is collected meanwhile.
     """
     if not providers or rounds < 1:
         raise ValueError(f"interleaved: {len(providers)} providers, {rounds} rounds; need 1 each")
@@ -124,9 +155,9 @@ def interleaved(
 
 
 def noise(call: Callable[[], Any], **timing: Any) -> float:
-    """|median A / median B - 1| of one callable timed against itself, interleaved."""
+    """|ratio - 1| of one callable timed against itself, interleaved."""
     times = interleaved({"a": call, "b": call}, **timing)
-    return abs(times["a"].quantile(0.5) / times["b"].quantile(0.5) - 1)
+    return abs(ratio([times["a"]], [times["b"]]) - 1)
 
 
 def same_as(expected: Any, *, rtol: float = 0.0, atol: float = 0.0) -> Check:

@@ -103,6 +103,8 @@ def plans_of(args: argparse.Namespace) -> list[Plan]:
         "contexts": args.context,
         "rounds": args.rounds,
         "seconds": args.seconds,
+        "train_rounds": args.rounds,
+        "train_seconds": args.seconds,
         "multiple_of": args.multiple_of,
     }
     common = {
@@ -134,6 +136,7 @@ def plans_of(args: argparse.Namespace) -> list[Plan]:
         }
         step = {**wide, "regimes": ("train",), "sparsities": (0.5,), "lengths": (64,)}
         step |= {"variants": ("dense", "uniform", "compresso"), "structure": False}
+        step["train_seconds"] = 15.0
         compiled = {
             "models": ("tiny",),
             "sparsities": (0.5,),

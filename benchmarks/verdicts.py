@@ -13,8 +13,8 @@ from variants import SPREADS
 CASE = ("model", "weights", "dtype", "sparsity", "regime", "mode", "batch", "length")
 COLUMNS = ("variant", "median_ms", "p10_ms", "p90_ms", "tokens/s", "speedup", "ideal", "gain share")
 DERIVED = (
-    "tokens_s", "speedup", "gain_share", "noise", "noisy", "peak_mib", "compile_s", "joules",
-    "apart", "cache_apart",
+    "tokens_s", "speedup", "ratio", "gain_share", "noise", "noisy", "peak_mib", "compile_s",
+    "joules", "apart", "cache_apart",
 )  # fmt: skip
 
 Row = Mapping[str, Any]

@@ -1,5 +1,6 @@
 """The benchmarks' own ground: interleaved timing, checked rows, one-line errors."""
 
+import gc
 import json
 import math
 
@@ -54,6 +55,19 @@ def test_before_runs_ahead_of_each_call():
 def test_max_seconds_ends_the_rounds_but_not_before_the_fifth():
     times = interleaved({"a": lambda: None}, rounds=1000, max_seconds=0.0)
     assert len(times["a"].samples) == 5
+
+
+def test_a_ratio_is_taken_within_rounds_so_a_slow_spell_cancels():
+    slow, fast = Times((2.0, 2.2, 6.0, 6.0, 6.0)), Times((1.0, 1.0, 3.0, 3.0, 1.0))
+    assert harness.ratio([slow], [fast]) == 2.0
+    assert harness.ratio([slow, slow], [fast]) == 2.0
+    assert harness.ratio([Times((1.0,)), Times((3.0,))], [Times((1.0,))]) == 2.0
+
+
+def test_no_garbage_is_collected_while_calls_are_timed():
+    states = []
+    interleaved({"a": lambda: states.append(gc.isenabled())}, warmup=1, rounds=2)
+    assert not any(states) and gc.isenabled()
 
 
 def test_a_wrong_provider_has_no_row(capsys):
