@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import verdicts
+from breakdown import by_part
 from harness import read_rows
 from rows import replace_file
 from structure import TP_SIZES
@@ -23,7 +24,7 @@ def render(page: Path, sources: Sequence[Path]) -> None:
 
     Raises:
         ValueError: a block whose name is none of machines, prefill, decode, train, compiled,
-            layout, structure, losses.
+            layout, structure, losses, profile.
     """
     rows = [row for path in sources for row in read_rows(path)]
     blocks = {
@@ -33,6 +34,7 @@ def render(page: Path, sources: Sequence[Path]) -> None:
         "compiled": compiled(rows),
         "structure": structure(rows),
         "losses": losses(rows),
+        "profile": parts(rows),
     }
 
     def fill(match: re.Match[str]) -> str:
@@ -64,6 +66,24 @@ def losses(rows: Iterable[Row]) -> str:
 def where(case: tuple[Any, ...]) -> tuple[Any, Any, str]:
     """The cells that name a case: model, sparsity, `prefill eager 1 x 128`."""
     return case[0], case[3], f"{case[4]} {case[5]} {case[6]} x {case[7]}"
+
+
+def parts(rows: Iterable[Row]) -> str:
+    """Each part of a prefill, dense beside uniform, and its share of the dense total."""
+    lines = []
+    for (model, _, sparsity, batch, length), by_variant in by_part(rows).items():
+        for part, row in by_variant.items():
+            dense, uniform = row["dense"], row.get("uniform")
+            if uniform is None or uniform["noisy"]:
+                continue
+            ratio = verdicts.faster(uniform, dense)
+            lines.append(
+                (model, sparsity, f"{batch} x {length}", part, f"{dense['median_ms']:.3g}",
+                 f"{uniform['median_ms']:.3g}", f"{ratio:.2f}", f"{dense['share']:.0%}",
+                 f"`{dense['id']}` `{uniform['id']}`")
+            )  # fmt: skip
+    head = ("model", "sparsity", "batch x tokens", "part", "dense ms", "uniform ms", "speed-up")
+    return markdown((*head, "share of dense", "rows"), lines)
 
 
 def machines(rows: Iterable[Row]) -> str:
