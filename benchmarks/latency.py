@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import breakdown
+import estimate
 import torch
 import verdicts
 from harness import NOISE_LIMIT, Parser, fix_threads, noise, show, write_rows
@@ -275,6 +276,9 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
     status = 0
+    speed = estimate.speeds(args.device, plans[0].dtype)
+    minutes = sum(estimate.seconds(plan, speed) for plan in plans) / 60
+    print(f"about {minutes:.1f} minutes, up to thrice that where it is noisy", file=sys.stderr)
     try:
         collect(plans, rows)
     except KeyboardInterrupt:

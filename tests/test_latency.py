@@ -3,6 +3,7 @@
 import functools
 import random
 
+import estimate
 import latency
 import pytest
 import torch
@@ -216,6 +217,23 @@ def test_variants_that_do_not_fit_together_are_taken_in_pairs_with_dense(monkeyp
     assert groups(plan, costs) == [["dense", v] for v in ("uniform", "mild", "compresso")]
     monkeypatch.setattr("sweep.free_bytes", lambda device: 1 << 20)
     assert groups(plan, costs) == []
+
+
+def test_the_estimate_counts_rounds_up_to_the_limit_and_no_model_that_does_not_fit(monkeypatch):
+    monkeypatch.setattr("sweep.free_bytes", lambda device: 1 << 32)
+    speed = (1e11, 1e11)
+
+    def about(**other):
+        plan = {"models": ("tiny",), "sparsities": (0.5,), "regimes": ("prefill", "train")}
+        return estimate.seconds(Plan(**{**plan, **other}), speed)
+
+    once = about(rounds=1, train_rounds=1)
+    assert once < about(rounds=2, train_rounds=1) < about(rounds=2, train_rounds=2)
+    long = {"rounds": 10**6, "train_rounds": 10**6}
+    capped = about(seconds=30, train_seconds=30, **long)
+    assert once + 50 < capped < once + 60
+    assert about(modes=("eager", "regional")) > about() + estimate.COMPILE
+    assert about(models=("llama-7b",)) == 0
 
 
 def test_a_run_writes_rows_and_plots_and_compares(tmp_path, capsys):
