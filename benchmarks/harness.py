@@ -211,12 +211,15 @@ def measure(
 
 def pytest_row(
     benchmark: Any, op: str, provider: str, call: Callable[[], Any], *, check: Check, **sizes: Any
-) -> dict[str, Any]:
-    """The same row from pytest-benchmark's fixture: check, let it time `call`, return the row."""
-    if benchmark.disabled:
-        raise RuntimeError("pytest_row: pytest-benchmark is disabled; run without -n and its flag")
+) -> dict[str, Any] | None:
+    """The same row from pytest-benchmark's fixture: check, let it time `call`, return the row.
+
+    Where timing is disabled (`--benchmark-disable`, xdist) the check is all that is done: None.
+    """
     check(provider, call())
     benchmark(call)
+    if benchmark.disabled:
+        return None
     times = Times(tuple(1e3 * s for s in benchmark.stats.stats.sorted_data))
     row = {"op": op, "provider": provider, **sizes, **times.row(), "checked": True}
     benchmark.extra_info.update(row)
