@@ -86,13 +86,13 @@ def free_bytes(device: str) -> int:
 def needed_bytes(plan: Plan, costs: Sequence[Cost]) -> int:
     """Weights of every model held at once, and the largest case's KV caches or activations.
 
-    Embeddings are shared. A training step keeps about 34 d + 6 F values a token and layer, and
-    its logits three times in float32.
+    Embeddings are shared. Structure stacks one model's layers beside it. A training step keeps
+    about 34 d + 6 F values a token and layer, and its logits three times in float32.
     """
     size = plan.dtype.itemsize
     weights = costs[0].parameters + sum(c.layer_parameters for c in costs[1:])
     total = weights * size
-    extra = 0
+    extra = max(c.layer_parameters for c in costs) * size if plan.structure else 0
     for regime, _, batch, length in plan.cases():
         kv = sum(c.kv_bytes(batch, length + 1, size) for c in costs)
         c = costs[0]

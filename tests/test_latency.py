@@ -1,5 +1,6 @@
 """The latency benchmark: the rule of equal cost, its formulas, its models, and what it says."""
 
+import dataclasses
 import functools
 import random
 
@@ -207,7 +208,8 @@ def test_a_model_too_large_for_the_device_is_skipped_with_its_row(monkeypatch):
 
 
 def test_variants_that_do_not_fit_together_are_taken_in_pairs_with_dense(monkeypatch, dense):
-    plan = Plan(models=("tiny",), variants=("dense", "uniform", "mild", "compresso"))
+    variants = ("dense", "uniform", "mild", "compresso")
+    plan = Plan(models=("tiny",), variants=variants, structure=False)
     widths = widths_of(dense.config, 0.5)
     costs = {name: cost_of(dense.config, w) for name, w in widths.items()}
     monkeypatch.setattr("sweep.free_bytes", lambda device: 1 << 40)
@@ -217,6 +219,9 @@ def test_variants_that_do_not_fit_together_are_taken_in_pairs_with_dense(monkeyp
     assert groups(plan, costs) == [["dense", v] for v in ("uniform", "mild", "compresso")]
     monkeypatch.setattr("sweep.free_bytes", lambda device: 1 << 20)
     assert groups(plan, costs) == []
+    # The stacked layers of the dense model, 14 MB, are counted where structure is shown.
+    monkeypatch.setattr("sweep.free_bytes", lambda device: 30_000_000)
+    assert groups(dataclasses.replace(plan, structure=True), costs) == []
 
 
 def test_the_estimate_counts_rounds_up_to_the_limit_and_no_model_that_does_not_fit(monkeypatch):
