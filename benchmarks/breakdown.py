@@ -8,10 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from harness import NOISE_LIMIT, Times, ratio, show, sync, uncollected
+from harness import NOISE_LIMIT, Times, ratio, show, sync
 from regimes import prefill
 from shapes import cost_of, named_config
 from sweep import AGAIN, Plan, base_of, built, load_dense, stamp, too_large
+from timing import uncollected
 from torch import nn
 from variants import widths_of
 from verdicts import is_noisy, runs
