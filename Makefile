@@ -39,6 +39,7 @@ bench: $(VENV)/tested
 	$(BIN)/python benchmarks/bench_fold.py ops --rows $(R)/fold.jsonl --overwrite
 	$(BIN)/python benchmarks/bench_fold.py stream --gb 4 --rows $(R)/stream.jsonl --overwrite
 	$(BIN)/python benchmarks/bench_fold.py memory --gb 1 4 8 --rows $(R)/stream.jsonl --overwrite
+	$(BIN)/pytest benchmarks/test_ops.py --rows $(R)/ops.jsonl --overwrite
 	$(BIN)/python benchmarks/latency.py --rows $(R)/latency.jsonl --overwrite
 	$(BIN)/python benchmarks/quality_cpu.py --rows $(R)/quality.jsonl --overwrite
 

@@ -11,17 +11,15 @@ A provider whose output the check refuses is timed by nobody and has no row.
 from __future__ import annotations
 
 import os
-import random
 import sys
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from arguments import Parser
 from machine import environment, joules_per_call, sync
 from rows import read_rows, show, write_rows
+from timing import Times, interleaved, noise, ratio
 
 __all__ = [
     "NOISE_LIMIT",
@@ -35,6 +33,7 @@ __all__ = [
     "measure",
     "noise",
     "pytest_row",
+    "ratio",
     "read_rows",
     "same_as",
     "show",
@@ -50,83 +49,6 @@ def fix_threads(count: int | None = None) -> int:
     count = count or len(os.sched_getaffinity(0))
     torch.set_num_threads(count)
     return count
-
-
-@dataclass(frozen=True)
-class Times:
-    """Milliseconds per call of one provider, sample by sample, in the order they were taken."""
-
-    samples: tuple[float, ...]
-
-    def quantile(self, q: float) -> float:
-        """Linear interpolation between the two nearest samples."""
-        ordered = sorted(self.samples)
-        place = q * (len(ordered) - 1)
-        low = int(place)
-        high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
-
-    def row(self) -> dict[str, Any]:
-        """The measured fields of a result row."""
-        values = {"median_ms": 0.5, "p10_ms": 0.1, "p90_ms": 0.9}
-        row: dict[str, Any] = {k: float(f"{self.quantile(q):.5g}") for k, q in values.items()}
-        return row | {"samples": len(self.samples)}
-
-
-def interleaved(
-    providers: Mapping[str, Callable[[], Any]],
-    *,
-    device: str = "cpu",
-    warmup: int = 3,
-    rounds: int = 20,
-    min_sample_ms: float = 2.0,
-    max_seconds: float = float("inf"),
-    before: Callable[[], Any] | None = None,
-    seed: int = 0,
-) -> dict[str, Times]:
-    """Time the providers in turn, in a new random order each round, so drift hits all alike.
-
-    One sample is the mean of as many calls as last `min_sample_ms`; with `before` (untimed: it
-    restores an input or flushes a cache) it is one call. `max_seconds` ends the rounds early,
-    but never before the fifth.
-    """
-    if not providers or rounds < 1:
-        raise ValueError(f"interleaved: {len(providers)} providers, {rounds} rounds; need 1 each")
-    repeats = {}
-    for name, call in providers.items():
-        for _ in range(max(warmup, 1)):
-            if before:
-                before()
-            sync(device)
-            start = time.perf_counter()
-            call()
-            sync(device)
-        once_ms = max((time.perf_counter() - start) * 1e3, 1e-4)
-        repeats[name] = 1 if before else max(1, round(min_sample_ms / once_ms))
-    order, shuffler = list(providers), random.Random(seed)
-    samples: dict[str, list[float]] = {name: [] for name in providers}
-    end = time.perf_counter() + max_seconds
-    for done in range(rounds):
-        if done >= 5 and time.perf_counter() > end:
-            break
-        shuffler.shuffle(order)
-        for name in order:
-            call, repeat = providers[name], repeats[name]
-            if before:
-                before()
-            sync(device)
-            start = time.perf_counter()
-            for _ in range(repeat):
-                call()
-            sync(device)
-            samples[name].append((time.perf_counter() - start) * 1e3 / repeat)
-    return {name: Times(tuple(values)) for name, values in samples.items()}
-
-
-def noise(call: Callable[[], Any], **timing: Any) -> float:
-    """|median A / median B - 1| of one callable timed against itself, interleaved."""
-    times = interleaved({"a": call, "b": call}, **timing)
-    return abs(times["a"].quantile(0.5) / times["b"].quantile(0.5) - 1)
 
 
 def same_as(expected: Any, *, rtol: float = 0.0, atol: float = 0.0) -> Check:
@@ -180,12 +102,15 @@ def measure(
 
 def pytest_row(
     benchmark: Any, op: str, provider: str, call: Callable[[], Any], *, check: Check, **sizes: Any
-) -> dict[str, Any]:
-    """The same row from pytest-benchmark's fixture: check, let it time `call`, return the row."""
-    if benchmark.disabled:
-        raise RuntimeError("pytest_row: pytest-benchmark is disabled; run without -n and its flag")
+) -> dict[str, Any] | None:
+    """The same row from pytest-benchmark's fixture: check, let it time `call`, return the row.
+
+    Where timing is disabled (`--benchmark-disable`, xdist) the check is all that is done: None.
+    """
     check(provider, call())
     benchmark(call)
+    if benchmark.disabled:
+        return None
     times = Times(tuple(1e3 * s for s in benchmark.stats.stats.sorted_data))
     row = {"op": op, "provider": provider, **sizes, **times.row(), "checked": True}
     benchmark.extra_info.update(row)

@@ -10,6 +10,7 @@ python benchmarks/latency.py --doc docs/uniform.md --from rows.jsonl
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import sys
 import warnings
@@ -17,21 +18,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import breakdown
+import estimate
 import torch
 import verdicts
-from breakdown import breakdown
 from harness import NOISE_LIMIT, Parser, fix_threads, noise, show, write_rows
 from plots import draw
 from regimes import MODES, REGIMES
 from rows import MEASURED
 from shapes import NAMES, cost_of, named_config
-from sweep import Plan, groups, load_dense, needed_bytes, sweep
+from sweep import Plan, groups, needed_bytes, sweep
 from tqdm import tqdm
 from uniform_page import render
-from variants import VARIANTS, cut, draw_masks, repeat, widths_of
+from variants import VARIANTS, widths_of
 
-from maskprune.target import shape_of
-
+IGNORED = (*MEASURED, *verdicts.DERIVED)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -103,6 +104,8 @@ def plans_of(args: argparse.Namespace) -> list[Plan]:
         "contexts": args.context,
         "rounds": args.rounds,
         "seconds": args.seconds,
+        "train_rounds": args.rounds,
+        "train_seconds": args.seconds,
         "multiple_of": args.multiple_of,
     }
     common = {
@@ -134,6 +137,7 @@ def plans_of(args: argparse.Namespace) -> list[Plan]:
         }
         step = {**wide, "regimes": ("train",), "sparsities": (0.5,), "lengths": (64,)}
         step |= {"variants": ("dense", "uniform", "compresso"), "structure": False}
+        step["train_seconds"] = 15.0
         compiled = {
             "models": ("tiny",),
             "sparsities": (0.5,),
@@ -200,35 +204,6 @@ def span(values: tuple[int, ...]) -> str:
     return str(values[0]) if len(set(values)) == 1 else f"{min(values)}..{max(values)}"
 
 
-def profile(plans: list[Plan]) -> None:
-    """Print the parts of one prefill of dense and uniform side by side."""
-    for plan in plans:
-        for name in plan.models:
-            dense, sparsity = load_dense(name, plan), max(plan.sparsities)
-            widths = widths_of(dense.config, sparsity, plan.multiple_of, plan.seed)["uniform"]
-            uniform = cut(dense, widths, draw_masks(dense.config, widths, plan.seed))
-            batch, length = plan.batches[0], max(plan.lengths)
-            before, after = (
-                cost_of(dense.config, w).prefill_flops(batch, length)
-                for w in (repeat(shape_of(dense.config)), widths)
-            )
-            ideal = before / after
-            parts = breakdown({"dense": dense, "uniform": uniform}, batch, length)
-            a, b = parts["dense"], parts["uniform"]
-            rows = [
-                {
-                    "part": part,
-                    "dense ms": a[part],
-                    "share": a[part] / a["total"],
-                    "uniform ms": b[part],
-                    "speedup": a[part] / b[part],
-                }
-                for part in a
-            ]
-            print(f"\n{name}, prefill {batch} x {length}, sparsity {sparsity:g}, ideal {ideal:.3g}")
-            print(show(rows, rows[0]))
-
-
 def collect(plans: list[Plan], rows: list[dict[str, Any]]) -> None:
     """Run the plans into `rows`, with a progress bar, or plain lines where there is no terminal."""
     steps = sum(len(p.models) * len(p.sparsities) * len(p.cases()) for p in plans)
@@ -274,6 +249,7 @@ def main(argv: list[str] | None = None) -> int:
     fix_threads(args.threads)
     quieten()
     plans = plans_of(args)
+    rows: list[dict[str, Any]] = []
     try:
         for plan in plans:
             for name in plan.models:
@@ -285,7 +261,11 @@ def main(argv: list[str] | None = None) -> int:
         dry_run(plans)
         return 0
     if args.profile:
-        profile(plans)
+        plan = dataclasses.replace(plans[0], rounds=args.rounds or 20)
+        rows = list(breakdown.profile(plan, args.variants or ("dense", "uniform")))
+        if args.rows:
+            rows = write_rows(args.rows, rows, overwrite=args.overwrite, ignore=IGNORED)
+        print(breakdown.report(rows))
         return 0
     a = torch.randn(512, 512, device=args.device)
     apart = noise(lambda: a @ a, device=args.device)
@@ -295,8 +275,10 @@ def main(argv: list[str] | None = None) -> int:
             "this machine is too noisy; noisy rows are marked and give no ratio",
             file=sys.stderr,
         )
-    rows: list[dict[str, Any]] = []
     status = 0
+    speed = estimate.speeds(args.device, plans[0].dtype)
+    minutes = sum(estimate.seconds(plan, speed) for plan in plans) / 60
+    print(f"about {minutes:.1f} minutes, up to thrice that where it is noisy", file=sys.stderr)
     try:
         collect(plans, rows)
     except KeyboardInterrupt:
@@ -311,8 +293,7 @@ def main(argv: list[str] | None = None) -> int:
     out = args.out or Path("runs") / f"latency-{stamp}"
     rows = write_rows(out / "rows.jsonl", rows)
     if args.rows:
-        ignored = (*MEASURED, *verdicts.DERIVED)
-        write_rows(args.rows, rows, overwrite=args.overwrite, ignore=ignored)
+        write_rows(args.rows, rows, overwrite=args.overwrite, ignore=IGNORED)
     print(verdicts.report(rows))
     pictures = draw(rows, out)
     print(f"\nrows: {out / 'rows.jsonl'}, {out / 'rows.csv'}")

@@ -9,7 +9,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from harness import NOISE_LIMIT, Times, environment, interleaved, joules_per_call
+from harness import NOISE_LIMIT, Times, environment, interleaved, joules_per_call, ratio
 from regimes import Runner, cache_difference, nothing, peak_mib, prepare
 from shapes import Cost, Widths, cost_of, named_config, weights_folder
 from structure import structure_row
@@ -39,10 +39,20 @@ class Plan:
     seed: int = 0
     rounds: int = 9
     seconds: float = 5.0
+    # A training step allocates and frees what it keeps for the backward pass: its times scatter
+    # more, so that nine samples often fail the self-check where thirty pass it.
+    train_rounds: int = 30
+    train_seconds: float = 60.0
     structure: bool = True
     load: bool = True
     # Compiling is minutes where running is milliseconds: these stand for all in compiled modes.
     compiled_variants: Sequence[str] = field(default=("dense", "uniform", "compresso"))
+
+    def limits(self, regime: str) -> tuple[int, float]:
+        """Rounds of a case, and the seconds after which no more begin."""
+        if regime == "train":
+            return self.train_rounds, self.train_seconds
+        return self.rounds, self.seconds
 
     def cases(self) -> list[tuple[str, str, int, int]]:
         """(regime, mode, batch, length), the training step last: it leaves the heap larger.
@@ -76,13 +86,13 @@ def free_bytes(device: str) -> int:
 def needed_bytes(plan: Plan, costs: Sequence[Cost]) -> int:
     """Weights of every model held at once, and the largest case's KV caches or activations.
 
-    Embeddings are shared. A training step keeps about 34 d + 6 F values a token and layer, and
-    its logits three times in float32.
+    Embeddings are shared. Structure stacks one model's layers beside it. A training step keeps
+    about 34 d + 6 F values a token and layer, and its logits three times in float32.
     """
     size = plan.dtype.itemsize
     weights = costs[0].parameters + sum(c.layer_parameters for c in costs[1:])
     total = weights * size
-    extra = 0
+    extra = max(c.layer_parameters for c in costs) * size if plan.structure else 0
     for regime, _, batch, length in plan.cases():
         kv = sum(c.kv_bytes(batch, length + 1, size) for c in costs)
         c = costs[0]
@@ -94,6 +104,14 @@ def needed_bytes(plan: Plan, costs: Sequence[Cost]) -> int:
             live += 12 * batch * length * c.vocab
         extra = max(extra, kv if regime == "decode" else live)
     return total + extra
+
+
+def too_large(plan: Plan, costs: Sequence[Cost]) -> str | None:
+    """Why these models do not fit the device together; None where they do."""
+    need, free = needed_bytes(plan, costs), free_bytes(plan.device)
+    if need <= free:
+        return None
+    return f"too large: needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB free on {plan.device}"
 
 
 def load_dense(name: str, plan: Plan) -> nn.Module:
@@ -112,32 +130,27 @@ def load_dense(name: str, plan: Plan) -> nn.Module:
 def groups(plan: Plan, costs: dict[str, Cost]) -> list[list[str]]:
     """Variants to hold at once: all; else dense with one other at a time; none fit: no group."""
     names = [name for name in plan.variants if name != "dense"]
-    free = free_bytes(plan.device)
-    if needed_bytes(plan, [costs[n] for n in ("dense", *names)]) <= free:
-        return [["dense", *names]]
     pairs = [["dense", name] for name in names]
-    return [p for p in pairs if needed_bytes(plan, [costs[n] for n in p]) <= free]
+    for way in ([["dense", *names]], pairs):
+        if fitting := [g for g in way if not too_large(plan, [costs[n] for n in g])]:
+            return fitting
+    return []
 
 
 def sweep(plan: Plan) -> Iterator[dict[str, Any]]:
     """The rows of a plan, as they come: `structure` of each variant, `latency` of each case."""
     for name in plan.models:
         config = named_config(name)
-        label = name.rstrip("/").rsplit("/", 1)[-1]
         dense: nn.Module | None = None
         for sparsity in plan.sparsities:
             widths = widths_of(config, sparsity, plan.multiple_of, plan.seed)
             costs = {variant: cost_of(config, w) for variant, w in widths.items()}
-            base = {"model": label, "sparsity": sparsity, "dtype": str(plan.dtype)[6:]}
-            base["weights"] = "real" if weights_folder(name) else "random"
+            base = base_of(plan, name, sparsity)
             fitting = groups(plan, costs)
             if not fitting:
-                need = needed_bytes(plan, [costs["dense"], costs["uniform"]]) / 2**30
-                free = free_bytes(plan.device) / 2**30
-                reason = f"too large: needs {need:.1f} GiB, {free:.1f} GiB free on {plan.device}"
-                yield {"op": "latency", "provider": "dense", **base, "skipped": reason} | stamp(
-                    plan
-                )
+                reason = too_large(plan, [costs["dense"], costs["uniform"]])
+                row = {"op": "latency", "provider": "dense", **base, "skipped": reason}
+                yield row | stamp(plan)
                 continue
             dense = load_dense(name, plan) if dense is None else dense
             for group in fitting:
@@ -150,34 +163,51 @@ def stamp(plan: Plan) -> dict[str, Any]:
     return environment(plan.device, plan.seed)
 
 
+def built(
+    plan: Plan, label: str, dense: nn.Module, variant: str, widths: Widths
+) -> tuple[nn.Module, dict[str, Any]]:
+    """One variant, and what its rows say of it.
+
+    Raises:
+        RuntimeError: its logits, with a cache or without, are not those of the masked model.
+    """
+    masks = draw_masks(dense.config, widths, plan.seed)
+    model = dense if variant == "dense" else cut(dense, widths, masks)
+    apart, limit = difference(model, dense, masks), TOLERANCE[plan.dtype]
+    cached = cache_difference(model)
+    if not (apart <= limit and cached <= limit):
+        raise RuntimeError(
+            f"{label} {variant}: logits {apart:.2g} off the masked model, {cached:.2g} "
+            f"off with a cache; expected at most {limit:g}; nothing was measured"
+        )
+    cost = cost_of(dense.config, widths)
+    return model, {
+        "model_class": type(model).__name__,
+        "heads": _one_or_all(widths.heads),
+        "kv_heads": _one_or_all(widths.kv_heads),
+        "ffn": _one_or_all(widths.ffn),
+        "parameters": cost.parameters,
+        "layer_parameters": cost.layer_parameters,
+        "apart": apart,
+        "cache_apart": cached,
+        "checked": True,
+    }
+
+
+def base_of(plan: Plan, name: str, sparsity: float) -> dict[str, Any]:
+    """The fields that say which model a row is about."""
+    label = name.rstrip("/").rsplit("/", 1)[-1]
+    base = {"model": label, "sparsity": sparsity, "dtype": str(plan.dtype)[6:]}
+    return base | {"weights": "real" if weights_folder(name) else "random"}
+
+
 @torch.no_grad()
 def _group(
     plan: Plan, base: dict[str, Any], dense: nn.Module, widths: dict[str, Widths], costs: Any
 ) -> Iterator[dict[str, Any]]:
-    models, facts = {"dense": dense}, {}
+    models, facts = {}, {}
     for variant, w in widths.items():
-        masks = draw_masks(dense.config, w, plan.seed)
-        if variant != "dense":
-            models[variant] = cut(dense, w, masks)
-        apart = difference(models[variant], dense, masks)
-        limit = TOLERANCE[plan.dtype]
-        cached = cache_difference(models[variant])
-        facts[variant] = {
-            "model_class": type(models[variant]).__name__,
-            "heads": _one_or_all(w.heads),
-            "kv_heads": _one_or_all(w.kv_heads),
-            "ffn": _one_or_all(w.ffn),
-            "parameters": costs[variant].parameters,
-            "layer_parameters": costs[variant].layer_parameters,
-            "apart": apart,
-            "cache_apart": cached,
-            "checked": apart <= limit and cached <= limit,
-        }
-        if not facts[variant]["checked"]:
-            raise RuntimeError(
-                f"{base['model']} {variant}: logits {apart:.2g} off the masked model, {cached:.2g} "
-                f"off with a cache; expected at most {limit:g}; nothing was measured"
-            )
+        models[variant], facts[variant] = built(plan, base["model"], dense, variant, w)
         if plan.structure:
             load = plan.load and plan.device == "cpu" and costs[variant].parameters < 5e8
             yield {
@@ -224,8 +254,7 @@ def _case(
         for runner in runners.values():
             runner.after()
         return
-    times, noise = timed(plan, runners)
-    dense_ms = times["dense"].quantile(0.5)
+    times, speedups, noise = timed(plan, runners, *plan.limits(regime))
     size, count = plan.dtype.itemsize, batch * (1 if regime == "decode" else length)
     for variant, runner in runners.items():
         cost, dense_cost, ms = costs[variant], costs["dense"], times[variant].quantile(0.5)
@@ -234,10 +263,10 @@ def _case(
         )
         row = {"op": "latency", "provider": variant, **base, **where, **facts[variant]}
         row |= times[variant].row() | {"tokens_s": float(f"{count / ms * 1e3:.5g}")}
-        row |= {"speedup": round(dense_ms / ms, 4), "ideal": round(ideal, 4)}
-        row["gain_share"] = None
+        row |= {"speedup": round(speedups[variant], 4), "ratio": "rounds"}
+        row |= {"ideal": round(ideal, 4), "gain_share": None}
         if ideal > 1.001:
-            row["gain_share"] = round((dense_ms / ms - 1) / (ideal - 1), 4)
+            row["gain_share"] = round((speedups[variant] - 1) / (ideal - 1), 4)
         row |= {"noise": round(noise, 4), "noisy": noise > NOISE_LIMIT}
         row["peak_mib"] = None if memory[variant] is None else round(memory[variant], 2)
         row["kv_bytes"] = cost.kv_bytes(batch, length, size)
@@ -261,11 +290,14 @@ def work(regime: str, cost: Cost, batch: int, length: int, size: int) -> int:
     )
 
 
-def timed(plan: Plan, runners: dict[str, Runner]) -> tuple[dict[str, Times], float]:
-    """Times of all runners, and the noise: how far dense, and uniform, are from themselves.
+def timed(
+    plan: Plan, runners: dict[str, Runner], rounds: int, seconds: float
+) -> tuple[dict[str, Times], dict[str, float], float]:
+    """Times of all runners, their speed-ups over dense, and the noise.
 
-    Both are timed twice among the others. Noise above the limit gets one second try with twice
-    the rounds; the quieter try counts.
+    Dense and uniform are timed twice among the others; the noise is how far either is from itself,
+    by the same ratio that gives the speed-ups. Noise above the limit gets as many rounds again, at
+    most twice; every sample counts.
     """
     twice = [name for name in ("dense", "uniform") if name in runners]
     calls = {name: runner.call for name, runner in runners.items()}
@@ -275,21 +307,25 @@ def timed(plan: Plan, runners: dict[str, Runner]) -> tuple[dict[str, Times], flo
         for runner in runners.values():
             runner.before()
 
-    tries = []
-    for rounds in (plan.rounds, 2 * plan.rounds):
-        times = interleaved(
+    samples: dict[str, tuple[float, ...]] = dict.fromkeys(calls, ())
+    for turn in range(3):
+        more = interleaved(
             calls,
             device=plan.device,
             warmup=2,
             rounds=rounds,
-            max_seconds=plan.seconds,
+            max_seconds=seconds,
             before=None if all(r.before is nothing for r in runners.values()) else before,
-            seed=plan.seed,
+            seed=plan.seed + turn,
         )
-        medians = {name: sample.quantile(0.5) for name, sample in times.items()}
-        noise = max(abs(medians[name] / medians[name + AGAIN] - 1) for name in twice)
-        tries.append((noise, {name: times[name] for name in runners}))
+        samples = {name: taken + more[name].samples for name, taken in samples.items()}
+        times = {name: Times(taken) for name, taken in samples.items()}
+        noise = max(abs(ratio([times[name]], [times[name + AGAIN]]) - 1) for name in twice)
         if noise <= NOISE_LIMIT:
             break
-    noise, times = min(tries, key=lambda one: one[0])
-    return times, noise
+    of = {name: [times[n] for n in (name, name + AGAIN) if n in times] for name in runners}
+    speedups = {
+        name: ratio(of["dense"], taken) if name != "dense" else 1.0 for name, taken in of.items()
+    }
+    pooled = {n: Times(sum((t.samples for t in taken), ())) for n, taken in of.items()}
+    return pooled, speedups, noise

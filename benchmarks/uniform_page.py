@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import verdicts
+from breakdown import by_part
 from harness import read_rows
 from rows import replace_file
 from structure import TP_SIZES
@@ -23,7 +24,7 @@ def render(page: Path, sources: Sequence[Path]) -> None:
 
     Raises:
         ValueError: a block whose name is none of machines, prefill, decode, train, compiled,
-            layout, structure, losses.
+            layout, structure, losses, profile.
     """
     rows = [row for path in sources for row in read_rows(path)]
     blocks = {
@@ -32,7 +33,8 @@ def render(page: Path, sources: Sequence[Path]) -> None:
         "layout": against_others(rows),
         "compiled": compiled(rows),
         "structure": structure(rows),
-        "losses": bullets(verdicts.where_not_faster(rows)),
+        "losses": losses(rows),
+        "profile": parts(rows),
     }
 
     def fill(match: re.Match[str]) -> str:
@@ -51,9 +53,37 @@ def markdown(head: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
     return "\n".join(["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *body])
 
 
-def bullets(lines: Sequence[str]) -> str:
-    """A markdown list, or the word that there is nothing in it."""
-    return "\n".join(f"* {line}" for line in lines) or "No such case in the rows."
+def losses(rows: Iterable[Row]) -> str:
+    """Where uniform is slower than another variant, and where no difference is seen."""
+    lines = [
+        (*where(case), verdicts.listed(slower) or "-", verdicts.listed(alike) or "-")
+        for case, slower, alike in verdicts.where_not_faster(rows)
+    ]
+    head = ("model", "sparsity", "case", "slower than", "no difference seen from")
+    return markdown(head, lines) if lines else "No such case in the rows."
+
+
+def where(case: tuple[Any, ...]) -> tuple[Any, Any, str]:
+    """The cells that name a case: model, sparsity, `prefill eager 1 x 128`."""
+    return case[0], case[3], f"{case[4]} {case[5]} {case[6]} x {case[7]}"
+
+
+def parts(rows: Iterable[Row]) -> str:
+    """Each part of a prefill, dense beside uniform, and its share of the dense total."""
+    lines = []
+    for (model, _, sparsity, batch, length), by_variant in by_part(rows).items():
+        for part, row in by_variant.items():
+            dense, uniform = row["dense"], row.get("uniform")
+            if uniform is None or uniform["noisy"]:
+                continue
+            ratio = verdicts.faster(uniform, dense)
+            lines.append(
+                (model, sparsity, f"{batch} x {length}", part, f"{dense['median_ms']:.3g}",
+                 f"{uniform['median_ms']:.3g}", f"{ratio:.2f}", f"{dense['share']:.0%}",
+                 f"`{dense['id']}` `{uniform['id']}`")
+            )  # fmt: skip
+    head = ("model", "sparsity", "batch x tokens", "part", "dense ms", "uniform ms", "speed-up")
+    return markdown((*head, "share of dense", "rows"), lines)
 
 
 def machines(rows: Iterable[Row]) -> str:
@@ -101,10 +131,11 @@ def against_others(rows: Iterable[Row]) -> str:
             cells = []
             for rival in rivals:
                 other = by_variant.get(rival)
-                ratio = other and f"{verdicts.faster(by_variant['uniform'], other):.2f}"
-                cells.append(f"{ratio} `{other['id']}`" if other else "-")
-            where = f"{case[4]} {case[5]} {case[6]} x {case[7]}"
-            lines.append((case[0], case[3], where, *cells))
+                if other is None or other["noisy"]:
+                    cells.append("-")
+                    continue
+                cells.append(f"{verdicts.gain(by_variant['uniform'], other):.2f} `{other['id']}`")
+            lines.append((*where(case), *cells))
     return markdown(("model", "sparsity", "case", *rivals), lines)
 
 
@@ -123,12 +154,13 @@ def compiled(rows: Iterable[Row]) -> str:
 
 
 def structure(rows: Iterable[Row]) -> str:
-    """Sharding, stages, one block and stock loading of each variant."""
+    """Sharding, stages, one block and stock loading of each variant, by its newest row."""
     lines = []
     words = {True: "yes", False: "no", None: "not tried"}
-    for row in rows:
-        if row["op"] != "structure":
-            continue
+    facts = (row for row in rows if row["op"] == "structure")
+    case = ("model", "weights", "dtype", "sparsity", "provider")
+    for taken in verdicts.runs(facts, case, ()).values():
+        row = taken[-1][()]
         shards = [f"{row[f'tp{n}_imbalance']:.2f} ({row[f'tp{n}_undivided']})" for n in TP_SIZES]
         stage = row.get("pp4_equal_count")
         best = row.get("pp4_best_cut")

@@ -1,13 +1,18 @@
 """The benchmarks' own ground: interleaved timing, checked rows, one-line errors."""
 
+import gc
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import harness
 import pytest
 import torch
 from harness import Times, interleaved, measure, read_rows, same_as, write_rows
 
+ROOT = Path(__file__).parents[1]
 ROW = {"op": "double", "provider": "mul", "N": 4, "median_ms": 1.0, "checked": True}
 
 
@@ -56,6 +61,19 @@ def test_max_seconds_ends_the_rounds_but_not_before_the_fifth():
     assert len(times["a"].samples) == 5
 
 
+def test_a_ratio_is_taken_within_rounds_so_a_slow_spell_cancels():
+    slow, fast = Times((2.0, 2.2, 6.0, 6.0, 6.0)), Times((1.0, 1.0, 3.0, 3.0, 1.0))
+    assert harness.ratio([slow], [fast]) == 2.0
+    assert harness.ratio([slow, slow], [fast]) == 2.0
+    assert harness.ratio([Times((1.0,)), Times((3.0,))], [Times((1.0,))]) == 2.0
+
+
+def test_no_garbage_is_collected_while_calls_are_timed():
+    states = []
+    interleaved({"a": lambda: states.append(gc.isenabled())}, warmup=1, rounds=2)
+    assert not any(states) and gc.isenabled()
+
+
 def test_a_wrong_provider_has_no_row(capsys):
     x = torch.arange(4.0)
     rows = measure(
@@ -91,22 +109,34 @@ def test_rows_are_added_kept_and_replaced_only_on_request(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["rows.csv", "rows.jsonl"]
 
 
-def test_pytest_benchmark_gives_the_same_row(benchmark):
-    if benchmark.disabled:
-        pytest.skip("pytest-benchmark does not time under xdist")
+def test_pytest_benchmark_gives_the_same_row_or_only_checks(benchmark):
     x = torch.arange(4.0)
     row = harness.pytest_row(benchmark, "double", "mul", lambda: x * 2, check=same_as(x * 2), N=4)
-    assert row["checked"] and row["median_ms"] > 0 and row["N"] == 4
-    json.dumps(row)
+    if benchmark.disabled:
+        assert row is None
+    else:
+        assert row["checked"] and row["median_ms"] > 0 and row["N"] == 4
+        json.dumps(row)
 
 
 def test_pytest_benchmark_does_not_time_what_is_wrong(benchmark):
-    if benchmark.disabled:
-        pytest.skip("pytest-benchmark does not time under xdist")
     x = torch.arange(4.0)
     with pytest.raises(AssertionError):
         harness.pytest_row(benchmark, "double", "mul", lambda: x, check=same_as(x * 2))
     benchmark(lambda: None)
+
+
+def test_what_pytest_benchmark_times_is_written_as_rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/test_ops.py",
+           "-k", "gather_rows and reference", "--benchmark-max-time=0.01"]  # fmt: skip
+    for more in ([], ["--overwrite"]):
+        subprocess.run([*run, "--rows", path, *more], cwd=ROOT, check=True, capture_output=True)
+        rows = read_rows(path)
+        assert [row["dtype"] for row in rows] == ["float32", "bfloat16"]
+        assert all(row["op"] == "gather_rows" and row["checked"] and row["id"] for row in rows)
+    subprocess.run([*run, "--rows", path, "--benchmark-disable"], cwd=ROOT, check=True)
+    assert read_rows(path) == rows
 
 
 def test_a_bad_argument_is_one_line_and_exit_2(capsys):

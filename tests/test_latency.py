@@ -1,13 +1,13 @@
 """The latency benchmark: the rule of equal cost, its formulas, its models, and what it says."""
 
+import dataclasses
 import functools
 import random
 
+import estimate
 import latency
-import plots
 import pytest
 import torch
-import verdicts
 from harness import read_rows
 from regimes import cache_difference, prepare
 from shapes import Widths, cost_of, named_config
@@ -208,7 +208,8 @@ def test_a_model_too_large_for_the_device_is_skipped_with_its_row(monkeypatch):
 
 
 def test_variants_that_do_not_fit_together_are_taken_in_pairs_with_dense(monkeypatch, dense):
-    plan = Plan(models=("tiny",), variants=("dense", "uniform", "mild", "compresso"))
+    variants = ("dense", "uniform", "mild", "compresso")
+    plan = Plan(models=("tiny",), variants=variants, structure=False)
     widths = widths_of(dense.config, 0.5)
     costs = {name: cost_of(dense.config, w) for name, w in widths.items()}
     monkeypatch.setattr("sweep.free_bytes", lambda device: 1 << 40)
@@ -218,6 +219,26 @@ def test_variants_that_do_not_fit_together_are_taken_in_pairs_with_dense(monkeyp
     assert groups(plan, costs) == [["dense", v] for v in ("uniform", "mild", "compresso")]
     monkeypatch.setattr("sweep.free_bytes", lambda device: 1 << 20)
     assert groups(plan, costs) == []
+    # The stacked layers of the dense model, 14 MB, are counted where structure is shown.
+    monkeypatch.setattr("sweep.free_bytes", lambda device: 30_000_000)
+    assert groups(dataclasses.replace(plan, structure=True), costs) == []
+
+
+def test_the_estimate_counts_rounds_up_to_the_limit_and_no_model_that_does_not_fit(monkeypatch):
+    monkeypatch.setattr("sweep.free_bytes", lambda device: 1 << 32)
+    speed = (1e11, 1e11)
+
+    def about(**other):
+        plan = {"models": ("tiny",), "sparsities": (0.5,), "regimes": ("prefill", "train")}
+        return estimate.seconds(Plan(**{**plan, **other}), speed)
+
+    once = about(rounds=1, train_rounds=1)
+    assert once < about(rounds=2, train_rounds=1) < about(rounds=2, train_rounds=2)
+    long = {"rounds": 10**6, "train_rounds": 10**6}
+    capped = about(seconds=30, train_seconds=30, **long)
+    assert once + 50 < capped < once + 60
+    assert about(modes=("eager", "regional")) > about() + estimate.COMPILE
+    assert about(models=("llama-7b",)) == 0
 
 
 def test_a_run_writes_rows_and_plots_and_compares(tmp_path, capsys):
@@ -244,56 +265,6 @@ def test_a_run_writes_rows_and_plots_and_compares(tmp_path, capsys):
     assert "uniform" in shown and "1" in shown and "one file only" not in shown
     with pytest.raises(SystemExit):
         latency.main([*SMALL, "--out", str(out)])
-
-
-def row(provider, ms, speedup, noisy=False, **other):
-    case = {"model": "m", "weights": "random", "dtype": "float32", "sparsity": 0.5, "batch": 1,
-            "regime": "prefill", "mode": "eager", "length": 8}  # fmt: skip
-    return {"op": "latency", "provider": provider, **case, "median_ms": ms, "p10_ms": ms,
-            "p90_ms": ms, "tokens_s": 8e3 / ms, "speedup": speedup, "ideal": 2.0, "id": provider,
-            "gain_share": 0.5, "noise": 0.5 if noisy else 0.0, "noisy": noisy, "graphs": None,
-            "compile_s": None, "cpu": "c", "threads": 1, "torch": "t", "commit": "x",
-            "date": "2020-01-01T00:00:00Z", **other}  # fmt: skip
-
-
-def test_it_says_where_uniform_is_not_faster():
-    rows = [row("dense", 10.0, 1.0), row("uniform", 10.1, 0.99), row("mild", 8.0, 1.25)]
-    assert verdicts.where_not_faster(rows) == [
-        "uniform is not faster than dense (0.99x): "
-        "m float32, sparsity 0.5, prefill eager, batch 1, 8 tokens",
-        "uniform is slower than mild (0.79x): "
-        "m float32, sparsity 0.5, prefill eager, batch 1, 8 tokens",
-    ]
-    assert verdicts.where_not_faster([row("dense", 10.0, 1.0), row("uniform", 5.0, 2.0)]) == []
-
-
-def test_a_noisy_case_shows_no_ratio_and_gives_no_verdict():
-    rows = [row("dense", 10.0, 1.0, True), row("uniform", 9.0, 1.11, True)]
-    shown = verdicts.report(rows)
-    assert "too noisy for ratios" in shown and "1.11" not in shown
-    assert "no case was free of noise" in shown
-
-
-def test_speedup_plot_is_drawn_from_rows_alone(tmp_path):
-    rows = [row("dense", 10.0, 1.0), row("uniform", 5.5, 1.8), row("mild", 6.0, 1.6)]
-    paths = plots.draw(rows, tmp_path)
-    assert [path.name for path in paths] == ["speedup-m-eager.png"]
-
-
-def test_the_page_is_filled_from_rows_and_says_what_was_not_measured(tmp_path):
-    from harness import write_rows
-
-    page = tmp_path / "uniform.md"
-    page.write_text(
-        "# A\n<!-- begin: prefill -->\nold\n<!-- end -->\nkept\n"
-        "<!-- begin: decode -->\n<!-- end -->\n<!-- begin: machines -->\n<!-- end -->\n"
-    )
-    rows = [row("dense", 10.0, 1.0, checked=True), row("uniform", 5.0, 2.0, checked=True)]
-    written = write_rows(tmp_path / "rows.jsonl", rows)
-    assert latency.main(["--doc", str(page), "--from", str(tmp_path / "rows.jsonl")]) == 0
-    text = page.read_text()
-    assert "old" not in text and "kept" in text and f"`{written[1]['id']}`" in text
-    assert "Not measured yet." in text and "| A100 | not measured |" in text
 
 
 @pytest.mark.parametrize(
