@@ -210,6 +210,12 @@ def test_errors_say_given_expected_do():
         minimax_step_(head, ffn, state, table, c, backend="cuda")
 
 
+def test_the_definition_reads_no_value_on_the_host():
+    c = rates()
+    given = (*masks_of(seed=9), state_of(), legal_splits(c))
+    minimax_step_(*(x.to("meta") for x in given), c)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_captured_step_replays():

@@ -186,14 +186,16 @@ def reference(
 
     reached = (R - R_star) <= rates.lock_gap * (1.0 - R_star)
     D_head, D_ffn = max(1, head.shape[1]), ffn.shape[1]
-    legal_head, legal_ffn = table[:, 0] / D_head, table[:, 1] / D_ffn
+    head_splits, ffn_splits = table.unbind(1)
+    legal_head, legal_ffn = head_splits / D_head, ffn_splits / D_ffn
     head_away, ffn_away = (legal_head - r["head"]).abs(), (legal_ffn - r["ffn"]).abs()
     nearest = (rates.a_head * head_away + rates.a_ffn * ffn_away).argmin()
     locking = reached & ~locked
-    for name, legal, D in (("head", legal_head, D_head), ("ffn", legal_ffn, D_ffn)):
-        free = torch.where(locking, legal[nearest], r[name])
+    # `take`, since table[nearest] would bring the index to the host.
+    for name, splits, D in (("head", head_splits, D_head), ("ffn", ffn_splits, D_ffn)):
+        free = torch.where(locking, splits.take(nearest) / D, r[name])
         v[f"r_{name}"] = torch.where(locked, v[f"r_{name}"], free)
-        units = torch.where(locking, table[nearest, 0 if name == "head" else 1], free * D)
+        units = torch.where(locking, splits.take(nearest), free * D)
         v[f"s_{name}"] = torch.where(locked, v[f"s_{name}"], units)
     v["R"] = 1.0 - rates.a_head * v["r_head"] - rates.a_ffn * v["r_ffn"]
     v["locked_at"] = torch.where(locking, v["step"], v["locked_at"])
