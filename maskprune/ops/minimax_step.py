@@ -247,14 +247,12 @@ def cpp(
         torch.autograd.graph.increment_version(changed)
     lib.minimax_step(
         head.data_ptr(),
-        len(head),
-        head.shape[1],
+        *head.shape,
         ffn.data_ptr(),
-        len(ffn),
-        ffn.shape[1],
+        *ffn.shape,
         state.data_ptr(),
         table.data_ptr(),
-        len(table),
+        table.shape[0],
         rate_vector(rates),
         torch.get_num_threads(),
         isa,
@@ -286,7 +284,11 @@ def _check(head: torch.Tensor, ffn: torch.Tensor, state: torch.Tensor, table: to
         "head": (head, "(rows, D_head)", head.dim() == 2),
         "ffn": (ffn, "(rows, D_ffn), not empty", ffn.dim() == 2 and ffn.numel() > 0),
         "state": (state, f"({len(FIELDS)},)", state.shape == (len(FIELDS),)),
-        "table": (table, "(K, 2), K > 0", table.dim() == 2 and table.shape[1] == 2 and len(table)),
+        "table": (
+            table,
+            "(K, 2), K > 0",
+            table.dim() == 2 and table.shape[1] == 2 and table.numel(),
+        ),
     }
     for name, (x, shape, fits) in expected.items():
         if not fits:
