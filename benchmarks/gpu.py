@@ -37,6 +37,7 @@ def steps(
         "build": [python, "setup.py", "-q", "build_ext", "--inplace"],
         "tests": [python, "-m", "pytest", "-q", "-x", "tests", "-m", "gpu or not demo"],
         "prox": [python, "benchmarks/bench_prox.py", "--device", "cuda"],
+        "minimax_step": [python, "benchmarks/bench_minimax_step.py", "--device", "cuda"],
         "masked_forward": [python, "benchmarks/bench_masked_forward.py", "ops", "--device", "cuda"],
         "masked_training": [
             python,
@@ -47,7 +48,7 @@ def steps(
         ],
         "latency": [python, "benchmarks/latency.py", "--device", "cuda"],
     }
-    for name in ("prox", "masked_forward", "masked_training", "latency"):
+    for name in ("prox", "minimax_step", "masked_forward", "masked_training", "latency"):
         plan[name] += ["--rows", str(RESULTS / f"{name}.jsonl"), "--overwrite"]
     if model and text:
         out = state / "paper"

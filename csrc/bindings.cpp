@@ -27,10 +27,14 @@ void minimax_step(std::uintptr_t head, std::int64_t head_rows, std::int64_t head
                   std::uintptr_t ffn, std::int64_t ffn_rows, std::int64_t ffn_units,
                   std::uintptr_t state, std::uintptr_t table, std::int64_t splits,
                   const std::vector<float>& rates, int threads, const std::string& isa);
-void least_s_prox(const std::vector<std::uintptr_t>& rows,
-                  const std::vector<std::int64_t>& lengths, std::uintptr_t s,
-                  std::int64_t s_stride, float shrink, std::uintptr_t sum_sq,
-                  std::uintptr_t next_sq, int threads, const std::string& isa);
+void least_s_prox(std::uintptr_t mask, std::int64_t rows, std::int64_t length,
+                  std::int64_t row_stride, std::uintptr_t s, std::int64_t s_stride,
+                  std::uintptr_t shrink, std::uintptr_t sum_sq, std::uintptr_t next_sq,
+                  int threads, const std::string& isa);
+void foreach_least_s_prox(const std::vector<std::uintptr_t>& rows,
+                          const std::vector<std::int64_t>& lengths, std::uintptr_t s,
+                          std::int64_t s_stride, std::uintptr_t shrink, std::uintptr_t sum_sq,
+                          std::uintptr_t next_sq, int threads, const std::string& isa);
 
 namespace maskprune {
 void masked_swiglu_forward(std::uintptr_t gate, std::int64_t gate_stride, std::uintptr_t up,
@@ -68,6 +72,7 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("minimax_step", &minimax_step, py::call_guard<py::gil_scoped_release>());
   m.def("least_s_prox", &least_s_prox, py::call_guard<py::gil_scoped_release>());
+  m.def("foreach_least_s_prox", &foreach_least_s_prox, py::call_guard<py::gil_scoped_release>());
   m.def("masked_swiglu_forward", &maskprune::masked_swiglu_forward,
         py::call_guard<py::gil_scoped_release>());
   m.def("masked_swiglu_backward", &maskprune::masked_swiglu_backward,

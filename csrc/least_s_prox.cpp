@@ -139,10 +139,11 @@ int team_for(int64_t rows, int64_t entries, int threads) {
 }  // namespace maskprune
 
 // rows: addresses of the first entries; lengths, s: one per row, or one for all with stride 0.
-void least_s_prox(const std::vector<std::uintptr_t>& rows, const std::vector<int64_t>& lengths,
-                  std::uintptr_t s_address, int64_t s_stride, float shrink,
-                  std::uintptr_t sum_sq_address, std::uintptr_t next_sq_address, int threads,
-                  const std::string& isa) {
+void foreach_least_s_prox(const std::vector<std::uintptr_t>& rows,
+                          const std::vector<int64_t>& lengths, std::uintptr_t s_address,
+                          int64_t s_stride, std::uintptr_t shrink_address,
+                          std::uintptr_t sum_sq_address, std::uintptr_t next_sq_address,
+                          int threads, const std::string& isa) {
   using namespace maskprune;
   const RowFunctions row = row_functions(isa);
   const int64_t count = int64_t(rows.size());
@@ -150,6 +151,7 @@ void least_s_prox(const std::vector<std::uintptr_t>& rows, const std::vector<int
     throw std::invalid_argument("least_s_prox: " + std::to_string(lengths.size()) +
                                 " lengths for " + std::to_string(count) + " rows");
   const float* s = reinterpret_cast<const float*>(s_address);
+  const float shrink = *reinterpret_cast<const float*>(shrink_address);
   float* sum_sq = reinterpret_cast<float*>(sum_sq_address);
   float* next_sq = reinterpret_cast<float*>(next_sq_address);
   int64_t longest = 0, entries = 0;
@@ -172,4 +174,15 @@ void least_s_prox(const std::vector<std::uintptr_t>& rows, const std::vector<int
       next_sq[i] = sums.next_sq;
     }
   }
+}
+
+// mask: `rows` rows of `length` floats, row_stride floats apart.
+void least_s_prox(std::uintptr_t mask, int64_t rows, int64_t length, int64_t row_stride,
+                  std::uintptr_t s, int64_t s_stride, std::uintptr_t shrink,
+                  std::uintptr_t sum_sq, std::uintptr_t next_sq, int threads,
+                  const std::string& isa) {
+  std::vector<std::uintptr_t> starts(rows);
+  for (int64_t i = 0; i < rows; ++i) starts[i] = mask + i * row_stride * sizeof(float);
+  foreach_least_s_prox(starts, std::vector<int64_t>(rows, length), s, s_stride, shrink, sum_sq,
+                       next_sq, threads, isa);
 }

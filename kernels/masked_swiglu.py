@@ -94,7 +94,8 @@ def masked_swiglu_backward(
     m = load(m_ptr, j, j < F)
 
     dm = tl.zeros([BLOCK_T, BLOCK_F], tl.float32)
-    for first in range(0, slab, BLOCK_T):
+    first = 0
+    while first < slab:
         t = s * slab + first + tl.arange(0, BLOCK_T)
         inside = (t[:, None] < T) & (j[None, :] < F)
         d = load(dout_ptr, t[:, None] * stride_dt + j[None, :], inside)
@@ -106,6 +107,7 @@ def masked_swiglu_backward(
         masked = d * m[None, :]
         store(dup_ptr, t[:, None] * F + j[None, :], masked * f, inside)
         store(dgate_ptr, t[:, None] * F + j[None, :], masked * u * df, inside)
+        first += BLOCK_T
     tl.store(partial_ptr + s * F + j, tl.sum(dm, axis=0), mask=j < F)
 
 

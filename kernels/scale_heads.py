@@ -68,7 +68,8 @@ def scale_heads_backward(
     m = load(m_ptr, h, h < H)
 
     dm = tl.zeros([BLOCK_T, BLOCK_H, BLOCK_D], tl.float32)
-    for first in range(0, slab, BLOCK_T):
+    first = 0
+    while first < slab:
         t = s * slab + first + tl.arange(0, BLOCK_T)
         inside = (t[:, None, None] < T) & (h[None, :, None] < H) & (i[None, None, :] < D)
         d = load(dout_ptr, t[:, None, None] * stride_dt + column, inside)
@@ -76,6 +77,7 @@ def scale_heads_backward(
 
         dm += d * x
         store(dx_ptr, t[:, None, None] * (H * D) + column, d * m[None, :, None], inside)
+        first += BLOCK_T
     tl.store(partial_ptr + s * H + h, tl.sum(tl.sum(dm, axis=2), axis=0), mask=h < H)
 
 

@@ -32,10 +32,14 @@ def sum_slabs(partial_ptr, out_ptr, S, N, BLOCK_S: tl.constexpr, BLOCK_N: tl.con
     """out[j] = sum over s of partial[s, j], in the order of s; partial (S, N) float32."""
     j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros([BLOCK_S, BLOCK_N], tl.float32)
-    for first in range(0, S, BLOCK_S):
+    # `while`, here and in the kernels: Triton 3.6's interpreter cannot take a run-time bound in
+    # `range` with NumPy 2.4 or newer.
+    first = 0
+    while first < S:
         s = (first + tl.arange(0, BLOCK_S)).to(tl.int64)
         inside = (s[:, None] < S) & (j[None, :] < N)
         total += tl.load(partial_ptr + s[:, None] * N + j[None, :], mask=inside, other=0.0)
+        first += BLOCK_S
     tl.store(out_ptr + j, tl.sum(total, axis=0), mask=j < N)
 
 

@@ -107,8 +107,8 @@ class Minimax:
     def step(self) -> None:
         """Clamp and shrink the masks, move r, y and z; after `optimizer.step()`."""
         minimax_step_(
-            self.masks.head.data,
-            self.masks.ffn.data,
+            self.masks.head,
+            self.masks.ffn,
             self.state,
             self.table,
             self.rates,

@@ -1,6 +1,8 @@
 """attach_masks(fused=True): the hook path's values and gradients, in every gated family."""
 
 import copy
+import os
+import shutil
 
 import pytest
 import torch
@@ -123,6 +125,22 @@ def test_compiles_as_one_graph_that_sees_new_masks(family, wrap):
             gradients.append(torch.autograd.grad(out.square().mean(), (masks.ffn, masks.head)))
         torch.testing.assert_close(compiled(ids).logits, out, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="inductor needs a C++ compiler"
+)
+def test_inductor_keeps_values_and_mask_gradients():
+    torch._dynamo.reset()
+    model = tiny_model("llama", num_hidden_layers=1)
+    masks = randomise(attach_masks(model, fused=True), head=1, ffn=6)
+    ids, done = tokens(), []
+    for run in (torch.compile(model, fullgraph=True), model):
+        logits = run(ids).logits
+        done.append((logits, *torch.autograd.grad(logits.square().mean(), (masks.ffn, masks.head))))
+    for name, compiled, eager in zip(("logits", "ffn", "head"), *done, strict=True):
+        error = (compiled - eager).abs().max() / eager.abs().max()
+        assert error <= FLOAT32_RTOL, f"{name}: {error:.3g}"
 
 
 @pytest.mark.parametrize("family", GATED)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 from maskprune import ops
 from maskprune.ops.backend import extension, unavailable
@@ -307,18 +308,39 @@ def test_parameters_are_changed_outside_autograd():
         loss.backward()
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
-def test_opcheck(backend):
-    if backend == "cpp" and extension() is None:
+@pytest.fixture(params=["reference", "cpp"])
+def prox_backend(request):
+    if request.param == "cpp" and extension() is None:
         pytest.skip("the C++ extension is not built")
+    return request.param
+
+
+def test_opcheck(prox_backend):
     s, shrink = torch.tensor([2.0, 5.0]), torch.tensor(0.5)
     torch.library.opcheck(
-        torch.ops.maskprune.least_s_prox_.default, (torch.rand(2, 40), s, shrink, backend)
+        torch.ops.maskprune.least_s_prox_.default, (torch.rand(2, 40), s, shrink, prox_backend)
     )
     masks = [torch.rand(40), torch.rand(7)]
     torch.library.opcheck(
-        torch.ops.maskprune.foreach_least_s_prox_.default, (masks, s, shrink, backend)
+        torch.ops.maskprune.foreach_least_s_prox_.default, (masks, s, shrink, prox_backend)
     )
+
+
+def test_fake_tensors_meet_the_registered_operation():
+    with FakeTensorMode():
+        result = ops.least_s_prox_(torch.empty(3, 8), 2.0, 0.5)
+        each = ops.foreach_least_s_prox_([torch.empty(8), torch.empty(5)], 2.0, 0.5)
+    assert type(result.sum_sq) is type(each.next_sq) is FakeTensor
+    assert result.sum_sq.shape == (3,) and each.next_sq.shape == (2,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_s_and_shrink_that_require_gradients_pass_none_on(prox_backend, dtype):
+    s, shrink = (torch.tensor(x, dtype=dtype, requires_grad=True) for x in (3.0, 0.5))
+    mask = torch.ones(1, 8)
+    result = ops.least_s_prox_(mask, s, shrink, backend=prox_backend)
+    assert mask.tolist() == [[0.5] * 3 + [1.0] * 5] and not mask.requires_grad
+    assert result.sum_sq.tolist() == [0.75] and not result.sum_sq.requires_grad
 
 
 def test_compiles_into_one_graph():

@@ -60,6 +60,17 @@ def simulate(
     return masks, budget, solver
 
 
+def test_autograd_knows_that_a_step_changed_the_masks():
+    config = ARCHITECTURES["gqa-narrow"]
+    budget = Budget(config, 0.5)
+    masks = Masks(budget.shape, "kv_group", config.model_type)
+    losses = [m.square().sum() for m in (masks.head, masks.ffn)]
+    Minimax(masks, budget, 100).step()
+    for loss in losses:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
 @pytest.mark.parametrize("T", [100, 300])
 @pytest.mark.parametrize("sparsity", [0.2, 0.25, 0.5])
 @pytest.mark.parametrize("warm", [True, False], ids=["warm", "cold"])

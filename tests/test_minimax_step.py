@@ -2,6 +2,7 @@
 
 import math
 
+import bench_minimax_step
 import pytest
 import torch
 
@@ -208,6 +209,19 @@ def test_errors_say_given_expected_do():
             minimax_step_(*wide, c, backend="triton")
     with pytest.raises(ValueError, match="backend is 'cuda'"):
         minimax_step_(head, ffn, state, table, c, backend="cuda")
+
+
+def test_the_definition_reads_no_value_on_the_host():
+    c = rates()
+    given = (*masks_of(seed=9), state_of(), legal_splits(c))
+    minimax_step_(*(x.to("meta") for x in given), c)
+
+
+def test_the_benchmark_measures_what_agrees_with_the_definition():
+    rows = bench_minimax_step.rows_of("SmolLM2-135M", str(DEVICE), seed=0, rounds=1)
+    providers = [row["provider"] for row in rows]
+    assert providers[:2] == ["minimax_step_", "reference"], "a provider was refused"
+    assert all(row["median_ms"] > 0 and row["speedup"] > 0 for row in rows)
 
 
 @pytest.mark.gpu

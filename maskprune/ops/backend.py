@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
 from types import ModuleType
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 BACKENDS = ("auto", "reference", "cpp", "triton")
+PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 BUILD_COMMAND = "MASKPRUNE_REQUIRE_EXT=1 pip install --force-reinstall --no-deps ."
 
 
+# Kept, found or not: the import system is slow to ask at every call of a small operation.
+@functools.cache
 def extension() -> ModuleType | None:
     """The compiled module `maskprune._C`, or None where it was not built."""
     try:
         return importlib.import_module("maskprune._C")
     except ImportError:
         return None
+
+
+def eager(*tensors: torch.Tensor) -> bool:
+    """Whether an operation without gradients may run at once, without torch's dispatcher.
+
+    It may not in torch.compile, nor on fake tensors (export) and other subclasses: they must
+    meet the registered operation.
+    """
+    return not is_dynamo_compiling() and PLAIN.issuperset(map(type, tensors))
 
 
 def interpreted() -> bool:
@@ -54,11 +68,13 @@ def choose(op: str, backend: str, tensor: torch.Tensor) -> str:
         ValueError: `backend` is none of `auto`, `reference`, `cpp`, `triton`.
         RuntimeError: an explicit backend that cannot serve this tensor.
     """
+    if backend == "auto":
+        if tensor.is_cpu:
+            return "cpp" if extension() else "reference"
+        preferred = "triton" if tensor.is_cuda else "reference"
+        return "reference" if unavailable(preferred, tensor.device) else preferred
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
-    if backend == "auto":
-        preferred = {"cuda": "triton", "cpu": "cpp"}.get(tensor.device.type, "reference")
-        return "reference" if unavailable(preferred, tensor.device) else preferred
     if reason := unavailable(backend, tensor.device):
         raise RuntimeError(f"{op}: {reason}")
     return backend

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch.autograd.graph import increment_version
 
-from maskprune.ops.backend import choose, extension
+from maskprune.ops.backend import choose, eager, extension
 
 ISAS = ("auto", "avx512", "avx2", "portable")
 
@@ -64,8 +65,11 @@ def least_s_prox_(
             "masks use foreach_least_s_prox_"
         )
     _check_rows("least_s_prox_", [mask])
-    s, shrink = _on_device("least_s_prox_", mask, len(mask), s, shrink)
-    return LeastS(*torch.ops.maskprune.least_s_prox_(mask.detach(), s, shrink, backend))
+    s, shrink = _on_device("least_s_prox_", mask, mask.shape[0], s, shrink)
+    if eager(mask):
+        return _run(mask, s, shrink, backend)
+    given = mask.detach(), s.detach(), shrink.detach()
+    return LeastS(*torch.ops.maskprune.least_s_prox_(*given, backend))
 
 
 def foreach_least_s_prox_(
@@ -95,10 +99,13 @@ def foreach_least_s_prox_(
             )
     _check_rows("foreach_least_s_prox_", masks)
     s, shrink = _on_device("foreach_least_s_prox_", masks[0], len(masks), s, shrink)
-    rows = [mask.detach() for mask in masks]
-    return LeastS(*torch.ops.maskprune.foreach_least_s_prox_(rows, s, shrink, backend))
+    if eager(*masks):
+        return _run_foreach(masks, s, shrink, backend)
+    given = [mask.detach() for mask in masks], s.detach(), shrink.detach()
+    return LeastS(*torch.ops.maskprune.foreach_least_s_prox_(*given, backend))
 
 
+@torch.no_grad()
 def reference(m: torch.Tensor, s: torch.Tensor, shrink: torch.Tensor) -> LeastS:
     """The definition: one stable sort of |m| per row. Sums in float64, rounded once."""
     R, N = m.shape
@@ -124,20 +131,22 @@ def cpp(
     """The C++ backend on a (R, N) tensor or a list of 1-D ones; `isa` is one of `ISAS`."""
     lib = extension()
     assert lib is not None, "choose() lets nothing through without the extension"
+    where: tuple[int | list[int], ...]
+    # Not len() of a tensor, which is slow Python: a step of a 7B model is a tenth of a millisecond.
     if isinstance(rows, torch.Tensor):
         R, N = rows.shape
-        start, step = rows.data_ptr(), rows.stride(0) * 4
-        addresses, lengths = [start + r * step for r in range(R)], [N] * R
+        run, where = lib.least_s_prox, (rows.data_ptr(), R, N, rows.stride(0))
     else:
-        addresses, lengths = [m.data_ptr() for m in rows], [m.numel() for m in rows]
-    s = s.float().contiguous()
-    sum_sq, next_sq = (torch.empty(len(lengths), dtype=torch.float32) for _ in range(2))
-    lib.least_s_prox(
-        addresses,
-        lengths,
+        R, run = len(rows), lib.foreach_least_s_prox
+        where = [m.data_ptr() for m in rows], [m.numel() for m in rows]
+    s, shrink = s.float().contiguous(), shrink.float()
+    sum_sq = torch.empty(R, dtype=torch.float32)
+    next_sq = torch.empty(R, dtype=torch.float32)
+    run(
+        *where,
         s.data_ptr(),
         s.dim(),
-        shrink.item(),
+        shrink.data_ptr(),
         sum_sq.data_ptr(),
         next_sq.data_ptr(),
         torch.get_num_threads(),
@@ -150,6 +159,8 @@ def _check_rows(op: str, rows: Sequence[torch.Tensor]) -> None:
     for m in rows:
         if m.dtype != torch.float32:
             raise TypeError(f"{op}: mask is {m.dtype}; expected float32; convert with .float()")
+        if m.is_contiguous():
+            continue
         if m.numel() and m.stride(-1) != 1 and m.shape[-1] > 1:
             raise ValueError(
                 f"{op}: mask has strides {m.stride()}; expected a last stride of 1, since it is "
@@ -171,7 +182,7 @@ def _on_device(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     s = _real(op, "s", s, mask.device)
     shrink = _real(op, "shrink", shrink, mask.device)
-    if s.shape not in (torch.Size([]), torch.Size([R])):
+    if s.dim() and s.shape != (R,):
         raise ValueError(f"{op}: s is {tuple(s.shape)}; expected 0-dim or ({R},), one per row")
     if shrink.dim():
         raise ValueError(f"{op}: shrink is {tuple(shrink.shape)}; expected a 0-dim tensor")
@@ -187,7 +198,7 @@ def _real(op: str, name: str, x: torch.Tensor | float, device: torch.device) -> 
         raise ValueError(
             f"{op}: {name} is on {x.device}, mask on {device}; move it with .to(mask.device)"
         )
-    return x.detach()
+    return x
 
 
 library = torch.library.Library("maskprune", "FRAGMENT")
@@ -199,7 +210,7 @@ library.define(
 
 def _run(mask: torch.Tensor, s: torch.Tensor, shrink: torch.Tensor, backend: str) -> LeastS:
     chosen = choose("least_s_prox_", backend, mask)
-    torch.autograd.graph.increment_version(mask)
+    increment_version(mask)
     if chosen == "reference":
         return reference(mask, s, shrink)
     if chosen == "cpp":
@@ -214,7 +225,7 @@ def _run_foreach(
 ) -> LeastS:
     chosen = choose("foreach_least_s_prox_", backend, masks[0])
     for mask in masks:
-        torch.autograd.graph.increment_version(mask)
+        increment_version(mask)
     if chosen == "cpp":
         return cpp(masks, s, shrink)
     if chosen == "triton":

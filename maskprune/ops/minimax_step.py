@@ -186,14 +186,16 @@ def reference(
 
     reached = (R - R_star) <= rates.lock_gap * (1.0 - R_star)
     D_head, D_ffn = max(1, head.shape[1]), ffn.shape[1]
-    legal_head, legal_ffn = table[:, 0] / D_head, table[:, 1] / D_ffn
+    head_splits, ffn_splits = table.unbind(1)
+    legal_head, legal_ffn = head_splits / D_head, ffn_splits / D_ffn
     head_away, ffn_away = (legal_head - r["head"]).abs(), (legal_ffn - r["ffn"]).abs()
     nearest = (rates.a_head * head_away + rates.a_ffn * ffn_away).argmin()
     locking = reached & ~locked
-    for name, legal, D in (("head", legal_head, D_head), ("ffn", legal_ffn, D_ffn)):
-        free = torch.where(locking, legal[nearest], r[name])
+    # `take`, since table[nearest] would bring the index to the host.
+    for name, splits, D in (("head", head_splits, D_head), ("ffn", ffn_splits, D_ffn)):
+        free = torch.where(locking, splits.take(nearest) / D, r[name])
         v[f"r_{name}"] = torch.where(locked, v[f"r_{name}"], free)
-        units = torch.where(locking, table[nearest, 0 if name == "head" else 1], free * D)
+        units = torch.where(locking, splits.take(nearest), free * D)
         v[f"s_{name}"] = torch.where(locked, v[f"s_{name}"], units)
     v["R"] = 1.0 - rates.a_head * v["r_head"] - rates.a_ffn * v["r_ffn"]
     v["locked_at"] = torch.where(locking, v["step"], v["locked_at"])
@@ -245,14 +247,12 @@ def cpp(
         torch.autograd.graph.increment_version(changed)
     lib.minimax_step(
         head.data_ptr(),
-        len(head),
-        head.shape[1],
+        *head.shape,
         ffn.data_ptr(),
-        len(ffn),
-        ffn.shape[1],
+        *ffn.shape,
         state.data_ptr(),
         table.data_ptr(),
-        len(table),
+        table.shape[0],
         rate_vector(rates),
         torch.get_num_threads(),
         isa,
@@ -284,7 +284,11 @@ def _check(head: torch.Tensor, ffn: torch.Tensor, state: torch.Tensor, table: to
         "head": (head, "(rows, D_head)", head.dim() == 2),
         "ffn": (ffn, "(rows, D_ffn), not empty", ffn.dim() == 2 and ffn.numel() > 0),
         "state": (state, f"({len(FIELDS)},)", state.shape == (len(FIELDS),)),
-        "table": (table, "(K, 2), K > 0", table.dim() == 2 and table.shape[1] == 2 and len(table)),
+        "table": (
+            table,
+            "(K, 2), K > 0",
+            table.dim() == 2 and table.shape[1] == 2 and table.numel(),
+        ),
     }
     for name, (x, shape, fits) in expected.items():
         if not fits:
