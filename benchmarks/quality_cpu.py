@@ -85,6 +85,8 @@ def one_run(args: Any, arm: str, seed: int, shape: Shape | None) -> tuple[dict[s
         "steps": args.steps,
         "tokens_per_step": args.batch_size * args.seq_len,
         "learning_rate": args.learning_rate,
+        "output_r": config.output_r,
+        "compensate": config.compensate,
         "warm_start": config.warm_start if config.method == "maskprune" else None,
         "last_kl": result.trace[-1]["kl"],
         "locked_at": next((r["step"] for r in result.trace if r["locked"]), None),
