@@ -9,6 +9,13 @@ from typing import Any
 from tqdm import tqdm
 
 
+def note(text: str, quiet: bool) -> None:
+    """What takes its time outside the steps, on a line that leaves the bar whole."""
+    if not quiet:
+        tqdm.write(text, file=sys.stderr)
+        sys.stderr.flush()
+
+
 class Progress:
     """Loss, R against R*, y, z, uniformity, tokens/s and time left.
 

@@ -29,6 +29,7 @@ from maskprune.exporter import export
 from maskprune.families import family_of, output_names
 from maskprune.masks import Masks, attach_masks
 from maskprune.minimax import Minimax
+from maskprune.progress import note
 from maskprune.speed import bfloat16_is_faster
 from maskprune.warmstart import one_shot, warm_start
 
@@ -276,11 +277,15 @@ def prune(
         def compensation() -> list[nn.Parameter]:
             tokens = config.compensation_tokens or 32 * masks.shape.ffn
             fitted = blocks[: -(-tokens // blocks.shape[1])].to(device)
+            note(f"compensating for the pruned units on {fitted.numel():,} tokens", quiet)
             with computing():
                 return compensate(peft_model, masks, solver.kept(), fitted)
 
         callbacks: list[TrainerCallback] = [PruneCallback(solver, config.max_grad_norm)]
         if checkpoint is None:
+            ranking = config.warm_start if learned else config.method
+            if ranking != "none":
+                note(f"ranking the units by {ranking} on {sample.numel():,} tokens", quiet)
             with computing():
                 if learned:
                     warm_start(config.warm_start, peft_model, masks, budget, sample)
