@@ -111,15 +111,24 @@ def compensate(
         if bool((m != 1).any()) and hasattr(modules[place], "lora_A")
     ]
     changed: list[nn.Parameter] = []
+    limit = _gram_bytes(blocks.device)
     while todo:
         held, now = 0, list[Place]()
-        while todo and (not now or held + 4 * len(channels[todo[0]]) ** 2 <= GRAM_BYTES):
+        while todo and (not now or held + 4 * len(channels[todo[0]]) ** 2 <= limit):
             held += 4 * len(channels[todo[0]]) ** 2
             now.append(todo.pop(0))
         grams = _grams(model, masks, now, blocks)
         for place in now:
             changed += _start(modules[place], grams.pop(place), channels[place], family.transposed)
     return changed
+
+
+def _gram_bytes(device: torch.device) -> int:
+    """Room for H: the solver needs about twice the room of the largest in float64 besides."""
+    if device.type != "cuda":
+        return GRAM_BYTES
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(GRAM_BYTES, (torch.cuda.mem_get_info(device)[0] + unused) // 4)
 
 
 def _grams(
