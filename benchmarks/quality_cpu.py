@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from harness import Parser, environment, fix_threads, write_rows
+from rows import MEASURED
 
 from maskprune.config import PruneConfig
 from maskprune.cuts import Shape
@@ -38,6 +39,13 @@ ARMS = {
 }
 
 
+# What a run finds, in which it may differ from an older one that it replaces.
+FOUND = (
+    *MEASURED, "sparsity", "heads", "kv_heads", "ffn", "last_kl", "locked_at", "residual",
+    "train_seconds", "ppl_held_out", "ppl_text",
+)  # fmt: skip
+
+
 def settings(args: Any, arm: str, seed: int, shape: Shape | None, dense: Shape) -> PruneConfig:
     """The settings of one arm."""
     method, given, compensates = ARMS[arm]
@@ -47,19 +55,18 @@ def settings(args: Any, arm: str, seed: int, shape: Shape | None, dense: Shape) 
             "head_sparsity": 1 - shape.kv_heads / dense.kv_heads,
             "ffn_sparsity": 1 - shape.ffn / dense.ffn,
         }
-    extra = {name: value for name, value in args.set}
-    return PruneConfig(
-        **split,
-        **({"compensate": compensates} | extra),
-        method=method,
-        steps=args.steps,
-        batch_size=args.batch_size,
-        seq_len=args.seq_len,
-        seed=seed,
-        learning_rate=args.learning_rate,
-        save_steps=10_000,
-        logging_steps=20,
-    )
+    chosen = {
+        "compensate": compensates,
+        "method": method,
+        "steps": args.steps,
+        "batch_size": args.batch_size,
+        "seq_len": args.seq_len,
+        "seed": seed,
+        "learning_rate": args.learning_rate,
+        "save_steps": 10_000,
+        "logging_steps": 20,
+    }
+    return PruneConfig(**split, **(chosen | dict(args.set)))
 
 
 def one_run(args: Any, arm: str, seed: int, shape: Shape | None) -> tuple[dict[str, Any], Shape]:
@@ -112,8 +119,10 @@ def perplexities(args: Any, model: Any, tokenizer: Any, held_out: Path) -> dict[
 
 
 def pair(text: str) -> tuple[str, Any]:
-    """`name=value` with the value as a number where it is one."""
+    """`name=value` with the value as a number or a truth value where it is one."""
     name, _, value = text.partition("=")
+    if value in ("true", "false"):
+        return name, value == "true"
     for kind in (int, float):
         try:
             return name, kind(value)
@@ -173,7 +182,8 @@ def main() -> int:
             print(row, flush=True)
             gc.collect()
             if args.rows:
-                write_rows(args.rows, rows[-1:] if len(rows) > 2 else rows)
+                new = rows[-1:] if len(rows) > 2 else rows
+                write_rows(args.rows, new, overwrite=args.overwrite, ignore=FOUND)
     return 0
 
 

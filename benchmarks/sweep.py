@@ -295,13 +295,12 @@ def timed(
 ) -> tuple[dict[str, Times], dict[str, float], float]:
     """Times of all runners, their speed-ups over dense, and the noise.
 
-    Dense and uniform are timed twice among the others; the noise is how far either is from itself,
-    by the same ratio that gives the speed-ups. Noise above the limit gets as many rounds again, at
-    most twice; every sample counts.
+    Every variant is timed twice a round; the noise is how far any is from itself, by the same
+    ratio that gives the speed-ups. Noise above the limit gets as many rounds again, at most twice;
+    every sample counts.
     """
-    twice = [name for name in ("dense", "uniform") if name in runners]
     calls = {name: runner.call for name, runner in runners.items()}
-    calls |= {name + AGAIN: runners[name].call for name in twice}
+    calls |= {name + AGAIN: call for name, call in calls.items()}
 
     def before() -> None:
         for runner in runners.values():
@@ -320,10 +319,10 @@ def timed(
         )
         samples = {name: taken + more[name].samples for name, taken in samples.items()}
         times = {name: Times(taken) for name, taken in samples.items()}
-        noise = max(abs(ratio([times[name]], [times[name + AGAIN]]) - 1) for name in twice)
+        noise = max(abs(ratio([times[name]], [times[name + AGAIN]]) - 1) for name in runners)
         if noise <= NOISE_LIMIT:
             break
-    of = {name: [times[n] for n in (name, name + AGAIN) if n in times] for name in runners}
+    of = {name: [times[name], times[name + AGAIN]] for name in runners}
     speedups = {
         name: ratio(of["dense"], taken) if name != "dense" else 1.0 for name, taken in of.items()
     }

@@ -98,7 +98,7 @@ def interleaved(
     for done in range(rounds):
         if done >= 5 and time.perf_counter() > end:
             break
-        shuffler.shuffle(order)
+        order = mixed(order, providers, shuffler)
         for name in order:
             call, repeat = providers[name], repeats[name]
             if before:
@@ -110,6 +110,22 @@ def interleaved(
             sync(device)
             samples[name].append((time.perf_counter() - start) * 1e3 / repeat)
     return {name: Times(tuple(values)) for name, values in samples.items()}
+
+
+def mixed(
+    order: Sequence[str], providers: Mapping[str, Callable[[], Any]], shuffler: random.Random
+) -> list[str]:
+    """A random order in which no call follows itself, where that can be had.
+
+    A call right after itself finds its weights in the caches, which would favour what is timed
+    more than once. `order` is that of the round before.
+    """
+    for _ in range(100):
+        new = shuffler.sample(list(order), len(order))
+        line = [order[-1], *new]
+        if all(providers[a] is not providers[b] for a, b in zip(line, line[1:], strict=False)):
+            break
+    return new
 
 
 def noise(call: Callable[[], Any], **timing: Any) -> float:

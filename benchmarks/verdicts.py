@@ -51,10 +51,10 @@ def cases(rows: Iterable[Row]) -> dict[tuple[Any, ...], dict[str, Row]]:
     for case, taken in runs(timed, CASE, ("provider",)).items():
         best: dict[Any, Row] = {}
         for run in taken:
-            if best and is_noisy(run) and not is_noisy(best):
-                continue
-            alone = ("uniform",) in run or (is_noisy(best) and not is_noisy(run))
-            best = run if alone else best | run
+            if ("uniform",) not in run:
+                best |= {k: row for k, row in run.items() if k not in best or not row["noisy"]}
+            elif ("uniform",) not in best or is_noisy(best) or not is_noisy(run):
+                best = run
         found[case] = {variant: row for (variant,), row in best.items()}
     return found
 
@@ -155,7 +155,7 @@ def report(rows: list[dict[str, Any]]) -> str:
         parts.append("what else uniform layers buy\n" + show(facts, columns))
     if timed := cases(rows):
         losses = [sentence(*loss) for loss in where_not_faster(rows)]
-        quiet = sum(not next(iter(v.values()))["noisy"] for v in timed.values())
+        quiet = sum("uniform" in v and len(v) > 1 and not is_noisy(v) for v in timed.values())
         if not quiet:
             losses = ["no case was free of noise: nothing is said about what is faster"]
         elif not losses:

@@ -48,7 +48,9 @@ def parse(
         list(kinds), prog=f"maskprune {command}", description=doc, allow_abbrev=False
     )
     parser.add_argument("--config", help="YAML file with the same keys; flags override it.")
-    arguments, recipe = list(argv), {}
+    arguments, recipe = [], {}
+    for a in argv:
+        arguments += a.split("=", 1) if a.startswith("--config=") else [a]
     if "--config" in arguments:
         at = arguments.index("--config")
         if at + 1 >= len(arguments):

@@ -58,12 +58,10 @@ def low_rank_compensation(
         )
     K = m.nonzero()[:, 0]
     H_K = m[K, None] * H[K][:, K] * m[K]
-    mean = H_K.diagonal().mean() if len(K) else 0.0
+    mean = H_K.diagonal().mean() if len(K) else H.new_zeros(())
     if not mean:
         return W.new_zeros(0, W.shape[1]), W.new_zeros(W.shape[0], 0)
-    damped = H_K + ridge * mean * torch.eye(len(K), dtype=H.dtype, device=H.device)
-    wanted = m[K, None] * (H[K] @ (W * (1 - m)).T)
-    D = torch.cholesky_solve(wanted, torch.linalg.cholesky(damped)).T
+    D = torch.cholesky_solve(m[K, None] * (H[K] @ (W * (1 - m)).T), _cholesky(H_K, ridge * mean)).T
     # The best rank-r part of D sqrt(H_K) is its projection on the leading left singular vectors.
     energy, U = torch.linalg.eigh(D @ H_K @ D.T)
     found = energy > torch.finfo(H.dtype).eps * len(energy) * energy.max()
@@ -73,6 +71,21 @@ def low_rank_compensation(
     A = W.new_zeros(U.shape[1], W.shape[1])
     A[:, K] = part / norm[:, None]
     return A, U * norm
+
+
+def _cholesky(H: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
+    """Of H + ridge, with ten times the ridge as often as rounding in H needs it.
+
+    H was summed in float32: a few channels of huge activations can leave it with eigenvalues
+    below zero by more than a ridge in units of the mean makes good.
+    """
+    while True:
+        damped = H.clone()
+        damped.diagonal().add_(ridge)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            return factor
+        ridge = 10 * ridge + torch.finfo(H.dtype).eps * H.diagonal().mean()
 
 
 @torch.no_grad()
@@ -85,8 +98,8 @@ def compensate(
 
     Args:
         model: the PEFT model under its masks.
-        kept: the masks of heads and FFN units as they will end, 0 for what goes; in the shapes
-            of `masks.head` and `masks.ffn`.
+        kept: the masks of heads and FFN units with 0 for what goes, in the shapes of
+            `masks.head` and `masks.ffn`.
         blocks: (n, T) token ids on the model's device.
 
     Returns:
@@ -124,11 +137,11 @@ def compensate(
 
 
 def _gram_bytes(device: torch.device) -> int:
-    """Room for H: the solver needs about twice the room of the largest in float64 besides."""
+    """Room for H; the solver needs about eight times the room of one more besides."""
     if device.type != "cuda":
         return GRAM_BYTES
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min(GRAM_BYTES, (torch.cuda.mem_get_info(device)[0] + unused) // 4)
+    return min(GRAM_BYTES, (torch.cuda.mem_get_info(device)[0] + unused) // 8)
 
 
 def _grams(
@@ -157,17 +170,18 @@ def _grams(
 def _start(
     module: Any, H: torch.Tensor, m: torch.Tensor, transposed: bool
 ) -> Iterator[nn.Parameter]:
-    """Put the compensation into every active adapter of a PEFT LoRA layer."""
+    """Put the compensation into the first active adapter of a PEFT LoRA layer, 0 into others."""
     weight = module.base_layer.weight
-    for name in module.active_adapters:
+    names = [name for name in module.active_adapters if name in module.lora_A]
+    for number, name in enumerate(names):
         a, b = module.lora_A[name].weight, module.lora_B[name].weight
-        A, B = low_rank_compensation(weight.T if transposed else weight, H, m, a.shape[0])
         # Directions that are not needed stay as an adapter starts: A random, B zero.
-        k = A.shape[0]
-        a[:k] = A
         b.zero_()
-        b[:, :k] = B / module.scaling[name]
-        if torch.distributed.is_initialized():
+        if number == 0:
+            A, B = low_rank_compensation(weight.T if transposed else weight, H, m, a.shape[0])
+            a[: A.shape[0]] = A
+            b[:, : A.shape[0]] = B / module.scaling[name]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
             # Every rank must go on from the same bits.
             for p in (a, b):
                 torch.distributed.broadcast(p, 0)

@@ -46,9 +46,7 @@ class PruneConfig:
     warm_start: str = _setting(
         "taylor", "Ranking that the masks start from: none (the paper), wanda-sp or taylor."
     )
-    warm_start_blocks: int = _setting(
-        32, "Blocks of seq_len tokens that the ranking reads, and the compensation."
-    )
+    warm_start_blocks: int = _setting(32, "Blocks of seq_len tokens that the ranking reads.")
     reach: float | None = _setting(
         None, "Share of the steps after which the budget is reached; 0.1 warm, 0.6 cold."
     )
@@ -69,7 +67,7 @@ class PruneConfig:
     )
     lora_r: int = _setting(8, "Rank of the adapters.")
     output_r: int = _setting(
-        128, "Rank of the adapters of W_O and W_down, whose scale is 1; their inputs are pruned."
+        128, "Rank of the adapters of W_O and W_down where their inputs are pruned; scale 1."
     )
     compensate: bool = _setting(
         True, "Start those adapters, once the shape is final, at the least-squares compensation."

@@ -180,7 +180,7 @@ class Minimax:
 
     @torch.no_grad()
     def kept(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The masks of heads and FFN units as they end: the final split's least ones at 0.
+        """The masks of heads and FFN units as they are, the final split's least ones at 0.
 
         Raises:
             RuntimeError: the budget is not reached.

@@ -230,11 +230,13 @@ def prune(
     set_seed(config.seed)
     device = next(core.parameters()).device
     core.config.use_cache = False
-    targets = config.lora_targets
+    targets = [name.strip() for name in config.lora_targets.split(",")]
+    family = family_of(core.config)
     outputs = {
         name: config.output_r
-        for name in output_names(family_of(core.config))
-        if targets == "all-linear" or name.endswith(tuple(targets.split(",")))
+        for name in output_names(family)[0 if family.prunes_heads else 1 :]
+        if targets == ["all-linear"]
+        or any(name.endswith(t) or t.endswith(f".{name}") for t in targets)
     }
     peft_model: Any = get_peft_model(
         core,
@@ -243,7 +245,7 @@ def prune(
             lora_alpha=config.lora_alpha,
             rank_pattern=outputs,
             alpha_pattern=outputs,
-            target_modules=targets if targets == "all-linear" else targets.split(","),
+            target_modules="all-linear" if targets == ["all-linear"] else targets,
         ),
     )
     if config.gradient_checkpointing:

@@ -117,6 +117,8 @@ def test_plan_and_dry_run_write_nothing(place, capsys, tmp_path):
 def test_a_recipe_gives_the_flags_and_flags_win(place, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("sparsity: 0.1\nmultiple-of: 4\n")
+    assert main(["plan", str(place / "model"), f"--config={recipe}", "--sparsity", "0.3"]) == 0
+    capsys.readouterr()
     assert main(["plan", str(place / "model"), "--config", str(recipe), "--sparsity", "0.3"]) == 0
     by_recipe = capsys.readouterr().out
     assert main(["plan", str(place / "model"), "--sparsity", "0.3", "--multiple_of", "4"]) == 0

@@ -95,6 +95,32 @@ def test_channels_that_never_fire_are_no_trouble():
     assert silent.shape == (0, 10)
 
 
+def test_a_gram_that_rounding_left_indefinite_is_solved_with_more_ridge():
+    W, X, m = problem(gone=2)
+    K = m.nonzero()[:, 0]
+    H = X @ X.T
+    H[K[0], K[1]] = H[K[1], K[0]] = 1.3 * (H[K[0], K[0]] * H[K[1], K[1]]).sqrt()
+    assert torch.linalg.eigvalsh(H)[0] < -0.01 * H.diagonal().mean()
+    A, B = low_rank_compensation(W, H, m, rank=6)
+    assert torch.isfinite(A).all() and torch.isfinite(B).all()
+
+
+def test_of_two_active_adapters_only_one_carries_it():
+    def weight(names):
+        model = tiny_model("llama")
+        config = LoraConfig(r=8, lora_alpha=8, target_modules=["down_proj"])
+        model = get_peft_model(model, config)
+        for name in names[1:]:
+            model.add_adapter(name, config)
+        model.base_model.set_adapter(names)
+        masks = randomise(attach_masks(model, fused=False), 1, 8)
+        compensate(model, masks, (masks.head.detach(), masks.ffn.detach()), tokens(8, 20))
+        module = ffn_output(layers_of(model)[0], FAMILIES["llama"])
+        return sum(module.get_delta_weight(name) for name in names)
+
+    torch.testing.assert_close(weight(["default", "more"]), weight(["default"]))
+
+
 def test_overflown_activations_are_a_clear_error():
     W, X, m = problem()
     with pytest.raises(ValueError, match="not finite.*float32"):

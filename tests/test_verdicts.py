@@ -63,6 +63,23 @@ def test_a_noisy_case_shows_no_ratio_and_gives_no_verdict():
     assert "no case was free of noise" in shown
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [row("dense", 10.0, 1.0), row("mild", 9.0, 1.11)],
+        [row("dense", 10.0, 1.0, True), row("uniform", 9.0, 1.11, True),
+         row("dense", 10.0, 1.0), row("mild", 8.0, 1.25)],
+        [row("dense", 10.0, 1.0), row("uniform", 5.0, 2.0),
+         row("dense", 10.0, 1.0, True), row("mild", 4.0, 2.5, True)],
+    ],
+    ids=["no uniform", "a noisy uniform", "a noisy rival"],
+)  # fmt: skip
+def test_a_case_that_lacks_a_quiet_side_is_no_win(rows):
+    assert "is the fastest" not in verdicts.report(rows)
+    ((by_variant),) = verdicts.cases(rows).values()
+    assert ("uniform" in by_variant) == any(r["provider"] == "uniform" for r in rows)
+
+
 def test_speedup_plot_is_drawn_from_rows_alone(tmp_path):
     rows = [row("dense", 10.0, 1.0), row("uniform", 5.5, 1.8), row("mild", 6.0, 1.6)]
     paths = plots.draw(rows, tmp_path)

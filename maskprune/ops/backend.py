@@ -30,7 +30,7 @@ def eager(*tensors: torch.Tensor) -> bool:
     """Whether an operation without gradients may run at once, without torch's dispatcher.
 
     It may not in torch.compile, nor on fake tensors (export) and other subclasses: they must
-    meet the registered operation.
+    meet the registered operation. A TorchDispatchMode over plain tensors does not see it.
     """
     return not is_dynamo_compiling() and PLAIN.issuperset(map(type, tensors))
 
