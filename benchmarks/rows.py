@@ -10,7 +10,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-MEASURED = ("id", "date", "commit", "median_ms", "p10_ms", "p90_ms", "samples", "gb_s", "tflop_s")
+MEASURED = (
+    *("id", "date", "commit", "median_ms", "p10_ms", "p90_ms", "samples", "speedup"),
+    *("gb_s", "tflop_s", "copy_gb_s", "of_copy"),
+)
 
 
 def row_id(row: Mapping[str, Any]) -> str:
