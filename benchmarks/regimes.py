@@ -186,7 +186,6 @@ def prepare(
         limit = 4 * len(layers_of(model)) + 64
         dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, limit)
         dynamo.config.accumulated_recompile_limit = 1 << 14
-        inductor.force_disable_caches = True
         counters = dynamo.utils.counters["stats"]
         graphs = counters["unique_graphs"]
         undo, call = nothing, runner.call
@@ -195,10 +194,12 @@ def prepare(
         else:
             undo = regional(model, tag)
         runner.before()
-        start = time.perf_counter()
-        call()
-        sync(device)
-        seconds = time.perf_counter() - start
+        # A compile time is one without what an earlier run left on disk.
+        with inductor.patch(force_disable_caches=True):
+            start = time.perf_counter()
+            call()
+            sync(device)
+            seconds = time.perf_counter() - start
         after = runner.after
 
         def restore() -> None:

@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -130,12 +131,16 @@ def test_what_pytest_benchmark_times_is_written_as_rows(tmp_path):
     path = tmp_path / "rows.jsonl"
     run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/test_ops.py",
            "-k", "gather_rows and reference", "--benchmark-max-time=0.01"]  # fmt: skip
+    # Under xdist, whose workers' environment would switch the timing off.
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     for more in ([], ["--overwrite"]):
-        subprocess.run([*run, "--rows", path, *more], cwd=ROOT, check=True, capture_output=True)
+        subprocess.run(
+            [*run, "--rows", path, *more], cwd=ROOT, env=env, check=True, capture_output=True
+        )
         rows = read_rows(path)
         assert [row["dtype"] for row in rows] == ["float32", "bfloat16"]
         assert all(row["op"] == "gather_rows" and row["checked"] and row["id"] for row in rows)
-    subprocess.run([*run, "--rows", path, "--benchmark-disable"], cwd=ROOT, check=True)
+    subprocess.run([*run, "--rows", path, "--benchmark-disable"], cwd=ROOT, env=env, check=True)
     assert read_rows(path) == rows
 
 

@@ -155,7 +155,6 @@ def test_a_training_step_leaves_the_model_as_it_was(models):
 def test_blocks_of_one_shape_share_one_compiled_graph(models, monkeypatch):
     traced = functools.partial(torch.compile, backend="eager")
     monkeypatch.setattr(torch, "compile", traced)
-    monkeypatch.setattr("torch._inductor.config.force_disable_caches", False)
     for name in ("uniform", "compresso"):
         model, widths, _ = models[name]
         with torch.no_grad():
