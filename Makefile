@@ -40,8 +40,17 @@ bench: $(VENV)/tested
 	$(BIN)/python benchmarks/bench_fold.py ops --rows $(R)/fold.jsonl --overwrite
 	$(BIN)/python benchmarks/bench_fold.py stream --gb 4 --rows $(R)/stream.jsonl --overwrite
 	$(BIN)/python benchmarks/bench_fold.py memory --gb 1 4 8 --rows $(R)/stream.jsonl --overwrite
+	$(BIN)/python benchmarks/bench_masked_forward.py train --rows $(R)/masked_training.jsonl --overwrite
 	$(BIN)/pytest benchmarks/test_ops.py --rows $(R)/ops.jsonl --overwrite
 	$(BIN)/python benchmarks/latency.py --rows $(R)/latency.jsonl --overwrite
+	$(BIN)/python benchmarks/latency.py --model smollm2-135m --sparsity 0.2,0.5 --regimes prefill,decode \
+		--length 128 --decode-batch 1,4 --rounds 20 --seconds 45 --rows $(R)/latency.jsonl --overwrite
+	$(BIN)/python benchmarks/latency.py --model wide-1024,smollm2-135m --sparsity 0.5 --regimes train \
+		--variants dense,uniform,compresso --length 128 --no-structure --rows $(R)/latency.jsonl --overwrite
+	$(BIN)/python benchmarks/latency.py --model llama-3.2-1b --sparsity 0.5 --regimes prefill --length 128 \
+		--variants dense,uniform,compresso --rounds 9 --seconds 90 --rows $(R)/latency.jsonl --overwrite
+	$(BIN)/python benchmarks/latency.py --profile --model wide-1024,smollm2-135m --sparsity 0.5 \
+		--length 128 --rounds 40 --rows $(R)/latency.jsonl --overwrite
 	$(BIN)/python benchmarks/quality_cpu.py --rows $(R)/quality.jsonl --overwrite
 
 # On a CUDA machine, also without network: everything that travels with the checkout. Repeat the

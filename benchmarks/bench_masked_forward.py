@@ -152,20 +152,14 @@ def step_of(
 ) -> Callable[[], torch.Tensor]:
     """One training step, as a function that returns its loss; lr 0 keeps the weights."""
     from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from shapes import llama
+    from transformers import LlamaForCausalLM
 
     import maskprune as mp
 
-    hidden, layers, heads, kv_heads, width, batch, length = shape
+    *dimensions, batch, length = shape
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        intermediate_size=width,
-        vocab_size=8192,
-    )
+    config = llama(*dimensions, vocab_size=8192)
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     stock = LlamaForCausalLM(config).to(device, dtype)
     model = get_peft_model(stock, LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))

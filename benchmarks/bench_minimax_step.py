@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from bench_prox import captured, masks_of
 from harness import Parser, fix_threads, measure, show, write_rows
-from transformers import LlamaConfig
+from shapes import llama
 
 from maskprune import ops
 from maskprune.budget import Budget
@@ -36,14 +36,7 @@ RTOL, ATOL = 5e-6, 1e-6
 
 def solver_of(model: str, device: str, seed: int) -> Minimax:
     """A solver in the middle of its ramp, on masks half of which are near zero."""
-    hidden, layers, heads, kv_heads, width = MODELS[model]
-    config = LlamaConfig(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        intermediate_size=width,
-    )
+    config = llama(*MODELS[model])
     budget = Budget(config, sparsity=0.5)
     masks = Masks(budget.shape, budget.head_unit, config.model_type).to(device)
     solver = Minimax(masks, budget, total_steps=1000, interval=1)

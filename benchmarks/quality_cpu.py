@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,11 @@ def main() -> int:
     )
     parser.add_argument("--quiet", action="store_true")
     args = parser.parse_args()
+    if any(ARMS[arm][1] for arm in args.arms) and not (args.shape or "maskprune" in args.arms):
+        parser.error("a -split arm needs the learned shape: run maskprune too, or give --shape")
+    known = {field.name for field in fields(PruneConfig)}
+    if unknown := sorted({name for name, _ in args.set} - known):
+        parser.error(f"--set {', '.join(unknown)}: no such setting of PruneConfig")
     fix_threads(args.threads)
     common = environment("cpu", 0)
 
@@ -176,7 +182,7 @@ def main() -> int:
             shape = Shape(0, 0, args.shape[0], 0, args.shape[1])
         for arm in sorted(args.arms, key=list(ARMS).index):
             row, ended = one_run(args, arm, seed, shape)
-            if arm.startswith("maskprune"):
+            if arm == "maskprune":
                 shape = shape or ended
             rows.append(common | row)
             print(row, flush=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 MEASURED = (
     *("id", "date", "commit", "median_ms", "p10_ms", "p90_ms", "samples", "speedup"),
-    *("gb_s", "tflop_s", "copy_gb_s", "of_copy"),
+    *("gb_s", "tflop_s", "copy_gb_s", "of_copy", "over_lora"),
 )
 
 

@@ -25,6 +25,18 @@ DEMO = "smollm2-135m"
 NAMES = (*_NAMED, DEMO)
 
 
+def llama(hidden: int, layers: int, heads: int, kv_heads: int, ffn: int, **more: Any) -> Any:
+    """A Llama config of these dimensions."""
+    return LlamaConfig(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=ffn,
+        **more,
+    )
+
+
 @dataclass(frozen=True)
 class Widths:
     """Query heads, KV heads and FFN width of every layer: all alike in a uniform model."""

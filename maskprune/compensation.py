@@ -54,7 +54,7 @@ def low_rank_compensation(
     if not torch.isfinite(H).all():
         raise ValueError(
             "the activations on the calibration text are not finite; the model overflows in this "
-            "dtype: load it in float32, or turn compensation off"
+            "dtype: load it in float32 (--dtype float32), or start again with --no-compensate"
         )
     K = m.nonzero()[:, 0]
     H_K = m[K, None] * H[K][:, K] * m[K]

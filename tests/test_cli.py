@@ -125,6 +125,19 @@ def test_a_recipe_gives_the_flags_and_flags_win(place, tmp_path, capsys):
     assert capsys.readouterr().out == by_recipe
 
 
+def test_a_switch_wins_over_the_recipe(tmp_path):
+    from maskprune.cli import parse
+    from maskprune.config import PruneConfig, PruneFiles
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("sparsity: 0.1\ncompensate: true\n")
+    for flags, expected in (([], True), (["--no-compensate"], False)):
+        (_, settings), _ = parse(
+            "prune", [PruneFiles, PruneConfig], ["m", f"--config={recipe}", *flags], ""
+        )
+        assert settings.compensate is expected
+
+
 def test_help_imports_no_torch():
     code = (
         "import sys, contextlib\nfrom maskprune.cli import main\n"

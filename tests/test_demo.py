@@ -289,3 +289,14 @@ def test_the_demo_model_is_a_stock_checkpoint():
     prompt = AutoTokenizer.from_pretrained(folder)("The capital of France is", return_tensors="pt")
     new = model.generate(**prompt, max_new_tokens=1, do_sample=False)[0, -1]
     assert AutoTokenizer.from_pretrained(folder).decode(new).strip() == "Paris"
+
+
+def test_gguf_files_are_read_plainly_where_transformers_has_no_word_for_it(monkeypatch):
+    import sys
+    import types
+
+    from maskprune.demo import gguf_options
+
+    assert gguf_options("a.gguf")["quantization_config"].dequantize
+    monkeypatch.setitem(sys.modules, "transformers", types.ModuleType("transformers"))
+    assert gguf_options("a.gguf") == {"gguf_file": "a.gguf"}

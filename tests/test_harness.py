@@ -4,12 +4,14 @@ import gc
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import harness
 import pytest
+import timing
 import torch
 from harness import Times, interleaved, measure, read_rows, same_as, write_rows
 
@@ -142,6 +144,22 @@ def test_what_pytest_benchmark_times_is_written_as_rows(tmp_path):
         assert all(row["op"] == "gather_rows" and row["checked"] and row["id"] for row in rows)
     subprocess.run([*run, "--rows", path, "--benchmark-disable"], cwd=ROOT, env=env, check=True)
     assert read_rows(path) == rows
+
+
+def test_no_call_is_timed_right_after_itself():
+    def a(): ...
+
+    def b(): ...
+
+    calls, order = {"a": a, "a again": a, "b": b, "b again": b}, ["a", "b", "a again", "b again"]
+    shuffler, seen = random.Random(0), set()
+    for _ in range(50):
+        last, order = order[-1], timing.mixed(order, calls, shuffler)
+        line = [calls[name] for name in (last, *order)]
+        assert all(x is not y for x, y in zip(line, line[1:], strict=False))
+        seen.add(tuple(order))
+    assert len(seen) > 3
+    assert sorted(timing.mixed(["x", "y"], {"x": a, "y": a}, shuffler)) == ["x", "y"]
 
 
 def test_a_bad_argument_is_one_line_and_exit_2(capsys):

@@ -208,3 +208,24 @@ def test_a_run_broken_before_or_after_the_compensation_resumes_to_the_bit(
         whole.masked_model.named_parameters(), again.masked_model.parameters(), strict=True
     ):
         assert torch.equal(p, q), name
+
+
+def ranks(result, name):
+    return {
+        module.lora_A["default"].weight.shape[0]
+        for path, module in result.masked_model.named_modules()
+        if path.endswith(name) and hasattr(module, "lora_A")
+    }
+
+
+@pytest.mark.parametrize(
+    "targets", ["all-linear", "q_proj, down_proj", "q_proj,model.layers.0.mlp.down_proj"]
+)
+def test_the_output_adapters_have_their_rank_however_they_are_named(targets):
+    result = run(lora_targets=targets, output_r=6)
+    assert ranks(result, "down_proj") == {6} and ranks(result, "q_proj") == {2}
+
+
+def test_where_heads_stay_their_output_has_the_common_rank():
+    result = run(family="gpt2", sparsity=0.15, output_r=6)
+    assert ranks(result, "attn.c_proj") == {2} and ranks(result, "mlp.c_proj") == {6}
