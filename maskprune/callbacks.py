@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from maskprune.config import PruneConfig
 from maskprune.minimax import Minimax
 from maskprune.progress import Progress
 
@@ -66,10 +65,17 @@ class CompensationCallback(TrainerCallback):
 
 
 class TraceCallback(TrainerCallback):
-    """Writes the trace and shows the progress; stops at a loss that is not finite."""
+    """Writes the trace and shows the progress; stops at a loss that is not finite.
 
-    def __init__(self, path: Path, config: PruneConfig, quiet: bool) -> None:
-        self.path, self.config, self.quiet = path, config, quiet
+    Args:
+        config: settings with `logging_steps`, `batch_size` and `seq_len`.
+        line: the numbers of a row that a person sees.
+    """
+
+    def __init__(
+        self, path: Path, config: Any, quiet: bool, line: Callable[[dict[str, Any]], str]
+    ) -> None:
+        self.path, self.config, self.quiet, self.line = path, config, quiet, line
         self.rows: list[dict[str, Any]] = []
         self.trainer: Any = None
         self.progress: Progress | None = None
@@ -97,28 +103,20 @@ class TraceCallback(TrainerCallback):
         self.rows.append(row)
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        self.progress.show(row)
+        self.progress.show(done, self.line(row))
 
     def row(self, done: int, optimizer: Any) -> dict[str, Any]:
         """The state of the run after `done` steps."""
-        solver, masks = self.trainer.solver, self.trainer.masks
-        now, left = solver.read(), solver.residuals()
         steps, since = done - self.mark[0], time.monotonic() - self.mark[1]
         self.mark = (done, time.monotonic())
-        row = {"step": done, **{k: v.item() for k, v in self.trainer.last_loss.items()}}
-        names = ("R", "y", "z", "r_head", "r_ffn", "s_head", "s_ffn", "interval", "shrink", "S")
-        row |= {name: now[name] for name in names}
-        row |= {
-            "R_star": solver.budget.R_star,
-            "locked": bool(now["locked"]),
-            "residual_head": left["head"],
-            "residual_ffn": left["ffn"],
-            "width_spread": float((masks.ffn > 0.5).sum(1).double().std(correction=0)),
-            "tokens_per_s": steps * self.config.batch_size * self.config.seq_len / max(since, 1e-9),
-            "lr": optimizer.param_groups[0]["lr"],
-            "mask_lr": optimizer.param_groups[1]["lr"],
-        }
-        return row
+        tokens = steps * self.config.batch_size * self.config.seq_len
+        losses = {name: value.item() for name, value in self.trainer.last_loss.items()}
+        return (
+            {"step": done}
+            | losses
+            | self.trainer.trace_row(optimizer)
+            | {"tokens_per_s": tokens / max(since, 1e-9)}
+        )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         if self.progress:

@@ -102,7 +102,7 @@ def info(argv: Sequence[str]) -> int:
     import torch
 
     from maskprune.ops.backend import unavailable
-    from maskprune.run import versions
+    from maskprune.runs import versions
 
     for name, found in versions().items():
         print(f"{name:14} {found}")
@@ -121,7 +121,7 @@ def plan(argv: Sequence[str]) -> int:
     from maskprune.budget import Budget
     from maskprune.plan import plan as make
     from maskprune.plan import render
-    from maskprune.run import read_config
+    from maskprune.runs import read_config
 
     config = read_config(settings.model)
     options = dataclasses.asdict(settings)

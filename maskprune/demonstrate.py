@@ -19,7 +19,7 @@ from maskprune.evaluate import perplexity
 from maskprune.exporter import compare_logits, require_equal, save_stock
 from maskprune.files import new_folder, replace_file, write_json
 from maskprune.load import load_model
-from maskprune.run import machine, versions
+from maskprune.runs import machine, versions
 from maskprune.speed import throughput
 from maskprune.target import shape_of
 

@@ -17,7 +17,7 @@ def note(text: str, quiet: bool) -> None:
 
 
 class Progress:
-    """Loss, R against R*, y, z, uniformity, tokens/s and time left.
+    """The latest numbers and the time left.
 
     A bar where standard error is a terminal, a line per logged row where it is not.
     """
@@ -36,18 +36,11 @@ class Progress:
         if self.bar is not None:
             self.bar.update()
 
-    def show(self, row: dict[str, Any]) -> None:
-        """The latest row of the trace."""
-        text = (
-            f"loss {row['loss']:.3f} R {row['R']:.3f}>{row['R_star']:.3f} y {row['y']:.2f} "
-            f"z {row['z']:.2f} spread {row['width_spread']:.1f} {row['tokens_per_s']:.0f} tok/s"
-        )
-        if row["locked"]:
-            text += " locked"
+    def show(self, done: int, text: str) -> None:
+        """The latest numbers, after `done` steps."""
         if self.bar is not None:
             self.bar.set_postfix_str(text)
         elif not self.quiet:
-            done = row["step"]
             per_step = (time.monotonic() - self.started) / max(1, done - self.first)
             left = time.strftime("%H:%M:%S", time.gmtime((self.total - done) * per_step))
             print(f"step {done}/{self.total} {text} left {left}", file=sys.stderr, flush=True)

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers import TrainerCallback, set_seed
 
 from maskprune.budget import Budget
 from maskprune.callbacks import CompensationCallback, PruneCallback, TraceCallback
@@ -30,7 +26,15 @@ from maskprune.families import family_of, output_names
 from maskprune.masks import Masks, attach_masks
 from maskprune.minimax import Minimax
 from maskprune.progress import note
-from maskprune.speed import bfloat16_is_faster
+from maskprune.trainer import (
+    Blocks,
+    BlockTrainer,
+    checkpoint_activations,
+    quiet_trainer,
+    total_steps,
+    training_arguments,
+    use_autocast,
+)
 from maskprune.warmstart import one_shot, warm_start
 
 logger = logging.getLogger(__name__)
@@ -55,20 +59,7 @@ class PruneResult:
     steps: int
 
 
-class _Blocks(Dataset[dict[str, torch.Tensor]]):
-    """Token blocks in the order in which the steps read them."""
-
-    def __init__(self, blocks: torch.Tensor, order: torch.Tensor) -> None:
-        self.blocks, self.order = blocks, order.flatten()
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.blocks[self.order[index]]}
-
-
-class PruneTrainer(Trainer):
+class PruneTrainer(BlockTrainer):
     """`Trainer` with the distillation loss, two parameter groups and whole checkpoints.
 
     Use `PruneCallback` with it, or with a `Trainer` of your own, for the proximal step.
@@ -77,8 +68,6 @@ class PruneTrainer(Trainer):
     def __init__(self, *args: Any, masks: Masks, solver: Minimax, config: PruneConfig, **kw: Any):
         super().__init__(*args, **kw)
         self.masks, self.solver, self.config = masks, solver, config
-        self.model_accepts_loss_kwargs = False
-        self.last_loss: dict[str, torch.Tensor] = {}
 
     def create_optimizer(self, model: Any = None) -> Any:
         if self.optimizer is None:
@@ -114,10 +103,6 @@ class PruneTrainer(Trainer):
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(target, [weights, masks])
         return self.lr_scheduler
 
-    def _get_train_sampler(self, *_: Any) -> Any:
-        blocks: Any = self.train_dataset
-        return SequentialSampler(blocks)
-
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -136,14 +121,22 @@ class PruneTrainer(Trainer):
         return (loss.total, {}) if return_outputs else loss.total
 
     def require_finite(self) -> None:
-        """Raise on a NaN or infinite loss; synchronises with the device."""
-        if self.last_loss and not torch.isfinite(self.last_loss["loss"]):
-            raise FloatingPointError(
-                f"the loss is {self.last_loss['loss'].item()} at step {self.state.global_step};"
-                " the last good checkpoint is kept: go on from it with --resume and a lower "
-                "--learning-rate"
-            )
+        """Raise on a NaN or infinite loss, or NaN masks; synchronises with the device."""
+        super().require_finite()
         self.solver.require_healthy()
+
+    def trace_row(self, optimizer: Any) -> dict[str, Any]:
+        now, left = self.solver.read(), self.solver.residuals()
+        names = ("R", "y", "z", "r_head", "r_ffn", "s_head", "s_ffn", "interval", "shrink", "S")
+        return {name: now[name] for name in names} | {
+            "R_star": self.solver.budget.R_star,
+            "locked": bool(now["locked"]),
+            "residual_head": left["head"],
+            "residual_ffn": left["ffn"],
+            "width_spread": float((self.masks.ffn > 0.5).sum(1).double().std(correction=0)),
+            "lr": optimizer.param_groups[0]["lr"],
+            "mask_lr": optimizer.param_groups[1]["lr"],
+        }
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.require_finite()
@@ -159,19 +152,6 @@ class PruneTrainer(Trainer):
         for name, parameter in self.masks.named_parameters():
             parameter.data.copy_(values[name])
         self.solver.load_state_dict(state)
-
-
-def total_steps(config: PruneConfig, n_blocks: int) -> int:
-    """Optimizer steps of a run on `n_blocks` blocks: `steps`, else `epochs`, else 7 epochs."""
-    if config.steps is not None:
-        return config.steps
-    steps = int((config.epochs or 7.0) * n_blocks / config.batch_size)
-    if steps < 20:
-        raise ValueError(
-            f"{config.epochs or 7.0} epochs of {n_blocks} blocks are {steps} steps of "
-            f"{config.batch_size}; the schedule needs at least 20: give more data or --steps"
-        )
-    return steps
 
 
 def prune(
@@ -249,7 +229,7 @@ def prune(
         ),
     )
     if config.gradient_checkpointing:
-        _checkpoint_activations(core)
+        checkpoint_activations(core)
     masks = attach_masks(peft_model, config.head_unit)
     reach = config.reach or (0.6 if config.warm_start == "none" else 0.1)
     solver = Minimax(
@@ -261,7 +241,7 @@ def prune(
         eta1=config.eta1,
         interval=config.interval,
     )
-    autocast = _autocast(config, core, device)
+    autocast = use_autocast(config, core, device)
 
     with contextlib.ExitStack() as stack:
         if run_dir is None:
@@ -297,20 +277,18 @@ def prune(
                 compensation()
         if config.compensate and learned:
             callbacks.append(CompensationCallback(solver, compensation))
-        trace = TraceCallback(run / "trace.jsonl", config, quiet)
+        trace = TraceCallback(run / "trace.jsonl", config, quiet, _progress_line)
         trainer = PruneTrainer(
             model=peft_model,
-            args=_arguments(config, run, steps, device, autocast),
-            train_dataset=_Blocks(blocks, order),
+            args=training_arguments(config, run, steps, device, autocast),
+            train_dataset=Blocks(blocks, order),
             callbacks=[*callbacks, trace],
             masks=masks,
             solver=solver,
             config=config,
         )
         trace.trainer = trainer
-        trainer.remove_callback(PrinterCallback)
-        trainer.remove_callback(ProgressCallback)
-        with _quiet_trainer():
+        with quiet_trainer():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         # Trainer leaves its autocast around forward; the proof must run at full precision.
         trainer.accelerator.unwrap_model(peft_model, keep_fp32_wrapper=False)
@@ -329,56 +307,10 @@ def prune(
     )
 
 
-def _checkpoint_activations(model: Any) -> None:
-    # transformers renamed it within version 5.
-    new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"
-    getattr(model, new if hasattr(model, new) else old)({"use_reentrant": False})
-
-
-def _autocast(config: PruneConfig, model: Any, device: torch.device) -> bool:
-    """Whether to compute in bfloat16: as asked, else where it is faster on this machine."""
-    if config.autocast != "auto":
-        return config.autocast == "bfloat16"
-    if device.type != "cpu":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return bfloat16_is_faster(model.config.hidden_size, config.seq_len)
-
-
-def _arguments(
-    config: PruneConfig, run: Path, steps: int, device: torch.device, autocast: bool
-) -> TrainingArguments:
-    micro = config.batch_size // config.gradient_accumulation
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if micro % world:
-        raise ValueError(f"batch_size {micro} per micro-batch does not divide over {world} devices")
-    return TrainingArguments(
-        output_dir=str(run),
-        max_steps=steps,
-        per_device_train_batch_size=micro // world,
-        gradient_accumulation_steps=config.gradient_accumulation,
-        max_grad_norm=0.0,
-        bf16=autocast,
-        use_cpu=device.type == "cpu",
-        seed=config.seed,
-        save_strategy="steps",
-        save_steps=config.save_steps,
-        save_total_limit=2,
-        logging_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=device.type == "cuda",
-        average_tokens_across_devices=False,
+def _progress_line(row: dict[str, Any]) -> str:
+    """Loss, R against R*, y, z, uniformity, tokens/s."""
+    text = (
+        f"loss {row['loss']:.3f} R {row['R']:.3f}>{row['R_star']:.3f} y {row['y']:.2f} "
+        f"z {row['z']:.2f} spread {row['width_spread']:.1f} {row['tokens_per_s']:.0f} tok/s"
     )
-
-
-@contextlib.contextmanager
-def _quiet_trainer() -> Iterator[None]:
-    """Trainer's own notes about checkpoints would tear the progress bar."""
-    noisy = logging.getLogger("transformers.trainer")
-    before = noisy.level
-    noisy.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        noisy.setLevel(before)
+    return text + " locked" if row["locked"] else text

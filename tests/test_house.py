@@ -24,7 +24,7 @@ LEVELS = [
     {"budget", "masks", "stock", "data", "demo"},
     {"plan", "minimax", "distill", "load", "warmstart", "exporter", "checkpoints", "speed", "lora"},
     {"compensation"},
-    {"evaluate", "stream_plan", "tensor_stream", "plots", "callbacks"},
+    {"evaluate", "stream_plan", "tensor_stream", "plots", "callbacks", "trainer", "runs"},
     {"training", "streaming", "report", "check"},
     {"run", "demonstrate"},
     {"cli"},
