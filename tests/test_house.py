@@ -65,6 +65,7 @@ def test_the_public_names_are_these():
         "fold_columns",
         "foreach_least_s_prox_",
         "gather_rows",
+        "gumbel_two_four",
         "least_s_prox_",
         "masked_swiglu",
         "minimax_step_",

@@ -1,6 +1,7 @@
 """Operations with a plain-torch definition and faster backends; knows nothing of transformers."""
 
 from maskprune.ops.fold import fold_columns, gather_rows
+from maskprune.ops.gumbel_two_four import gumbel_two_four
 from maskprune.ops.least_s_prox import LeastS, foreach_least_s_prox_, least_s_prox_
 from maskprune.ops.masked_swiglu import masked_swiglu
 from maskprune.ops.minimax_step import minimax_step_
@@ -11,6 +12,7 @@ __all__ = [
     "fold_columns",
     "foreach_least_s_prox_",
     "gather_rows",
+    "gumbel_two_four",
     "least_s_prox_",
     "masked_swiglu",
     "minimax_step_",
