@@ -56,6 +56,16 @@ void scale_heads_backward(std::uintptr_t grad, std::int64_t grad_stride, std::ui
                           std::uintptr_t dmask, std::int64_t rows, std::int64_t heads,
                           std::int64_t head_size, const std::string& dtype,
                           const std::string& isa, int threads);
+void gumbel_two_four_forward(std::uintptr_t weight, std::uintptr_t logits, std::uintptr_t masked,
+                             std::uintptr_t norm_sq, std::int64_t groups, std::int64_t seed,
+                             float kappa, float tau, const std::string& dtype,
+                             const std::string& isa, int threads);
+void gumbel_two_four_backward(std::uintptr_t dmasked, float dnorm_sq, std::uintptr_t weight,
+                              std::uintptr_t logits, std::uintptr_t dlogits, std::int64_t groups,
+                              std::int64_t seed, float kappa, float tau, const std::string& dtype,
+                              const std::string& isa, int threads);
+void gumbel_two_four_noise(std::int64_t seed, std::int64_t first, std::int64_t groups,
+                           std::uintptr_t out, const std::string& isa);
 }  // namespace maskprune
 
 PYBIND11_MODULE(_C, m) {
@@ -80,5 +90,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("scale_heads_forward", &maskprune::scale_heads_forward,
         py::call_guard<py::gil_scoped_release>());
   m.def("scale_heads_backward", &maskprune::scale_heads_backward,
+        py::call_guard<py::gil_scoped_release>());
+  m.def("gumbel_two_four_forward", &maskprune::gumbel_two_four_forward,
+        py::call_guard<py::gil_scoped_release>());
+  m.def("gumbel_two_four_backward", &maskprune::gumbel_two_four_backward,
+        py::call_guard<py::gil_scoped_release>());
+  m.def("gumbel_two_four_noise", &maskprune::gumbel_two_four_noise,
         py::call_guard<py::gil_scoped_release>());
 }

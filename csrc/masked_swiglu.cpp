@@ -14,6 +14,7 @@
 #include <string>
 
 #include "elements.hpp"
+#include "exp_log.hpp"
 
 namespace maskprune {
 namespace {
@@ -25,23 +26,6 @@ constexpr int64_t tile_rows = 128;
 constexpr int64_t tile_columns = 1024;
 // So many terms are summed in float before they join the double sum.
 constexpr int64_t float_rows = 16;
-
-// exp(x) for x <= 0 within 1 ulp (Cephes expf's polynomial); 0 where float has no normal number.
-MP_INLINE float exp_nonpositive(float x) {
-  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const float shifted = x * 1.44269504088896341f + magic;
-  const float n = shifted - magic;
-  const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const uint32_t bits = bit_cast<uint32_t>(p) + (bit_cast<uint32_t>(shifted) << 23);
-  return x < -87.0f ? 0.0f : bit_cast<float>(bits);
-}
 
 struct Value {
   float f, df;

@@ -128,6 +128,31 @@ def test_noise_is_uniform_and_its_planes_are_independent():
     assert correlations.abs().max() < 4.5 / 50_000**0.5
 
 
+def available_isas():
+    found = []
+    for isa in ("portable", "avx2", "avx512"):
+        try:
+            gumbel.cpp_noise(torch.tensor(0), 1, isa=isa)
+            found.append(isa)
+        except ValueError as error:
+            assert "not on this machine" in str(error)
+    return found
+
+
+@pytest.mark.parametrize("first", [0, 5, 2**32 - 3, 2**40 + 1])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_backend_draws_the_same_integers(backend, seed, first):
+    seed = torch.tensor(seed, device=DEVICE)
+    expected = gumbel.noise(seed, 1000, first)
+    if backend == "cpp":
+        for isa in available_isas():
+            assert torch.equal(gumbel.cpp_noise(seed, 1000, first, isa).long(), expected)
+    if backend == "triton":
+        from maskprune.kernels.gumbel_two_four import noise
+
+        assert torch.equal(noise(seed, 1000, first).long(), expected)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_one_seed_gives_one_sample_on_every_backend(backend, seed):
     """Integers off by one would show: the tail of g moves by half at its last step."""
@@ -329,6 +354,25 @@ def test_the_smallest_temperature_is_a_hard_mask(backend):
     assert ((m == 0) | (m == 1)).all() and (m.sum() == 80)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_instruction_set_and_thread_count_gives_the_same_bits(dtype):
+    if extension() is None:
+        pytest.skip(unavailable("cpp", torch.device("cpu")))
+    # Three work items, the last of them ragged.
+    W, dmasked, logits, dnorm_sq = (x.cpu() for x in tensors(300, 500, dtype))
+    scalars = torch.tensor(5), torch.tensor(100.0), torch.tensor(0.5)
+    threads, results = torch.get_num_threads(), []
+    for isa in available_isas():
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            forward = gumbel.cpp_forward(W, logits, *scalars, isa)
+            dlogits = gumbel.cpp_backward(dmasked, dnorm_sq, W, logits, *scalars, isa)
+            results.append((*forward, dlogits))
+    torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
 def test_runs_repeat_to_the_bit(backend):
     inputs = tensors(67, 516)
     first = run(backend, inputs)
@@ -445,3 +489,5 @@ def test_errors_say_what_was_given_and_what_to_do():
     if extension() is not None:
         with pytest.raises(TypeError, match="use backend='reference'"):
             call(W.double(), pi.double(), backend="cpp")
+        with pytest.raises(ValueError, match='"sse9" is unknown or not on this machine'):
+            gumbel.cpp_noise(torch.tensor(0), 1, isa="sse9")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from maskprune.ops.rows import choose_floats
+from maskprune.ops.rows import DTYPES, choose_floats, compiled
 
 # Which two of four consecutive inputs each candidate keeps: 1100, 1010, 1001, 0110, 0101, 0011.
 SLOTS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
@@ -224,6 +224,71 @@ def reference_backward(
     return kappa / tau * p * (t - (p * t).sum(0))
 
 
+def cpp_forward(
+    weight: torch.Tensor,
+    logits: torch.Tensor,
+    seed: torch.Tensor,
+    kappa: torch.Tensor,
+    tau: torch.Tensor,
+    isa: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The compiled forward; `isa` forces "avx512", "avx2" or "portable"."""
+    W, pi = weight.contiguous(), logits.contiguous()
+    masked, norm_sq = torch.empty(W.shape, dtype=W.dtype), torch.empty((), dtype=pi.dtype)
+    compiled("gumbel_two_four", weight).gumbel_two_four_forward(
+        W.data_ptr(),
+        pi.data_ptr(),
+        masked.data_ptr(),
+        norm_sq.data_ptr(),
+        W.numel() // 4,
+        seed.item(),
+        kappa.item(),
+        tau.item(),
+        DTYPES[W.dtype],
+        isa,
+        torch.get_num_threads(),
+    )
+    return masked, norm_sq
+
+
+def cpp_backward(
+    dmasked: torch.Tensor,
+    dnorm_sq: torch.Tensor,
+    weight: torch.Tensor,
+    logits: torch.Tensor,
+    seed: torch.Tensor,
+    kappa: torch.Tensor,
+    tau: torch.Tensor,
+    isa: str = "auto",
+) -> torch.Tensor:
+    """The compiled gradient: dlogits."""
+    d, W, pi = dmasked.contiguous(), weight.contiguous(), logits.contiguous()
+    dlogits = torch.empty(pi.shape, dtype=pi.dtype)
+    compiled("gumbel_two_four", weight).gumbel_two_four_backward(
+        d.data_ptr(),
+        dnorm_sq.item(),
+        W.data_ptr(),
+        pi.data_ptr(),
+        dlogits.data_ptr(),
+        W.numel() // 4,
+        seed.item(),
+        kappa.item(),
+        tau.item(),
+        DTYPES[W.dtype],
+        isa,
+        torch.get_num_threads(),
+    )
+    return dlogits
+
+
+def cpp_noise(seed: torch.Tensor, groups: int, first: int = 0, isa: str = "auto") -> torch.Tensor:
+    """`noise` as the compiled forward draws it, int32."""
+    n = torch.empty((6, groups), dtype=torch.int32)
+    module = compiled("gumbel_two_four", n.float())
+    module.gumbel_two_four_noise(seed.item(), first, groups, n.data_ptr(), isa)
+    return n
+
+
 def _forward(
     weight: torch.Tensor,
     logits: torch.Tensor,
@@ -232,7 +297,13 @@ def _forward(
     tau: torch.Tensor,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    choose_floats("gumbel_two_four", backend, weight)
+    match choose_floats("gumbel_two_four", backend, weight):
+        case "cpp":
+            return cpp_forward(weight, logits, seed, kappa, tau)
+        case "triton":
+            from maskprune.kernels.gumbel_two_four import forward
+
+            return forward(weight.contiguous(), logits.contiguous(), seed, kappa, tau)
     masked, norm_sq = reference(weight, logits, seed, kappa, tau)
     return masked.contiguous(), norm_sq
 
@@ -247,7 +318,14 @@ def _backward(
     tau: torch.Tensor,
     backend: str,
 ) -> torch.Tensor:
-    choose_floats("gumbel_two_four", backend, weight)
+    match choose_floats("gumbel_two_four", backend, weight):
+        case "cpp":
+            return cpp_backward(dmasked, dnorm_sq, weight, logits, seed, kappa, tau)
+        case "triton":
+            from maskprune.kernels.gumbel_two_four import backward
+
+            d, W = dmasked.contiguous(), weight.contiguous()
+            return backward(d, dnorm_sq, W, logits.contiguous(), seed, kappa, tau)
     return reference_backward(dmasked, dnorm_sq, weight, logits, seed, kappa, tau).contiguous()
 
 
