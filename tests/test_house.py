@@ -26,19 +26,25 @@ LEVELS = [
     {"compensation"},
     {"evaluate", "stream_plan", "tensor_stream", "plots", "callbacks", "trainer", "runs"},
     {"training", "streaming", "report", "check"},
+    {"semistructured"},
     {"run", "demonstrate"},
     {"cli"},
 ]
 
+# The 2:4 room: each module may import those before it, and what stands below the room.
+SEMISTRUCTURED = ["patterns", "matrices", "oneshot", "masks", "learn", "run"]
 
-def imported(path: Path) -> set[str]:
+
+def imported(path: Path, package: str = "maskprune") -> set[str]:
     """Modules of the package that a file imports at its top level, by their first name."""
     found = set()
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.ImportFrom) and node.module:
-            parts = node.module.split(".")
-            if parts[0] == "maskprune" and len(parts) > 1:
-                found.add(parts[1])
+            module = node.module.removeprefix(f"{package}.")
+            if module != node.module:
+                found.add(module.split(".")[0])
+            elif module == package:
+                found |= {alias.name for alias in node.names}
     return found
 
 
@@ -76,10 +82,22 @@ def test_the_public_names_are_these():
 def test_imports_run_one_way():
     level = {name: i for i, names in enumerate(LEVELS) for name in names}
     modules = {p.stem: p for p in (ROOT / "maskprune").glob("*.py") if p.stem != "__init__"}
-    assert set(modules) | {"ops"} == set(level), "place new modules in LEVELS"
+    assert set(modules) | {"ops", "semistructured"} == set(level), "place new modules in LEVELS"
     for name, path in modules.items():
         for other in imported(path):
             assert level[other] <= level[name] and other != name, f"{name} imports {other}"
+
+
+def test_the_two_four_room_stands_between_training_and_the_runs():
+    level = {name: i for i, names in enumerate(LEVELS) for name in names}
+    room = ROOT / "maskprune" / "semistructured"
+    modules = {p.stem: p for p in room.glob("*.py") if p.stem != "__init__"}
+    assert set(modules) <= set(SEMISTRUCTURED), "place new modules in SEMISTRUCTURED"
+    for name, path in modules.items():
+        for other in imported(path) - {"semistructured"}:
+            assert level[other] <= level["training"], f"semistructured.{name} imports {other}"
+        before = SEMISTRUCTURED[: SEMISTRUCTURED.index(name)]
+        assert imported(path, "maskprune.semistructured") <= set(before), name
 
 
 def test_operations_and_backends_know_nothing_of_the_package_above_them():
@@ -108,6 +126,7 @@ def test_a_wheel_builds_without_a_compiler_unless_the_extension_is_required(tmp_
     assert done.returncode == 0, done.stderr
     (wheel,) = (tmp_path / "w").glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
+    assert "maskprune/semistructured/patterns.py" in names
     assert "maskprune/kernels/least_s_prox.py" in names and "maskprune/py.typed" in names
     assert not any(name.endswith(".so") for name in names)
     done = subprocess.run(
