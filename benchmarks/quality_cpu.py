@@ -27,6 +27,7 @@ from maskprune.data import token_blocks
 from maskprune.demo import demo_model_dir, demo_text
 from maskprune.evaluate import perplexity
 from maskprune.load import load_model
+from maskprune.speed import bfloat16_is_faster
 from maskprune.training import prune
 
 # Each arm: the method, whether it gets the learned shape, whether it compensates.
@@ -43,7 +44,7 @@ ARMS = {
 # What a run finds, in which it may differ from an older one that it replaces.
 FOUND = (
     *MEASURED, "sparsity", "heads", "kv_heads", "ffn", "last_kl", "locked_at", "residual",
-    "train_seconds", "ppl_held_out", "ppl_text",
+    "train_seconds", "ppl_held_out", "ppl_text", "ppl_dtype",
 )  # fmt: skip
 
 
@@ -109,10 +110,17 @@ def one_run(args: Any, arm: str, seed: int, shape: Shape | None) -> tuple[dict[s
 def perplexities(args: Any, model: Any, tokenizer: Any, held_out: Path) -> dict[str, Any]:
     """Perplexity on the demo's held-out text, and on --text where it is given."""
     sources = {"held_out": held_out} | ({"text": args.text} if args.text else {})
-    found: dict[str, Any] = {}
+    faster = bfloat16_is_faster(model.config.hidden_size, args.window)
+    dtype = torch.bfloat16 if faster else torch.float32
+    found: dict[str, Any] = {"ppl_dtype": str(dtype).removeprefix("torch.")}
     for name, source in sources.items():
         made = perplexity(
-            model, tokenizer, source, args.window, limit=args.windows, dtype=torch.bfloat16
+            model,
+            tokenizer,
+            source,
+            args.window,
+            limit=args.windows,
+            dtype=dtype if faster else None,
         )
         found[f"ppl_{name}"] = round(made["ppl"], 3)
         found[f"ppl_{name}_windows"] = made["windows"]

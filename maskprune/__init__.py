@@ -1,4 +1,4 @@
-"""maskprune: structured pruning that gives back a stock, uniform, proven checkpoint.
+"""maskprune: structured and 2:4 pruning that gives back a stock, proven checkpoint.
 
 Names are loaded on first use, so that the command line answers `--help` without torch.
 """
@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from maskprune import ops
     from maskprune.budget import Budget
     from maskprune.callbacks import PruneCallback
-    from maskprune.config import PruneConfig
+    from maskprune.config import PruneConfig, SparsifyConfig
     from maskprune.exporter import export
     from maskprune.masks import Masks, attach_masks, load_masks
     from maskprune.minimax import Minimax
+    from maskprune.semistructured.learn import SparsifyResult, sparsify
     from maskprune.streaming import export_checkpoint
     from maskprune.training import PruneResult, prune
 
@@ -28,11 +29,14 @@ _HOMES = {
     "PruneCallback": "callbacks",
     "PruneConfig": "config",
     "PruneResult": "training",
+    "SparsifyConfig": "config",
+    "SparsifyResult": "semistructured.learn",
     "attach_masks": "masks",
     "export": "exporter",
     "export_checkpoint": "streaming",
     "load_masks": "masks",
     "prune": "training",
+    "sparsify": "semistructured.learn",
 }
 
 __all__ = [
@@ -42,6 +46,8 @@ __all__ = [
     "PruneCallback",
     "PruneConfig",
     "PruneResult",
+    "SparsifyConfig",
+    "SparsifyResult",
     "__version__",
     "attach_masks",
     "export",
@@ -49,6 +55,7 @@ __all__ = [
     "load_masks",
     "ops",
     "prune",
+    "sparsify",
 ]
 
 

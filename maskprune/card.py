@@ -36,12 +36,12 @@ def model_card(info: Mapping[str, Any]) -> str:
 
     Args:
         info: what is known of these keys; each part whose keys are missing is left out.
-            base_model, license, language; method, sparsity, head_unit, steps, tokens, data, seed;
-            dense, pruned: dicts with layers, heads, kv_heads, head_dim, ffn, parameters, bytes,
-            kv_bytes_per_token; model_class and class_reason; difference: dict with largest,
-            largest_logit, top1_agreement, tokens (masked against exported logits); perplexity:
-            dict with data, seq_len, dense, pruned; tp: legal tensor-parallel sizes; limits: list
-            of sentences; versions: dict.
+            base_model, license, language; method, pattern ("2:4"), sparsity, head_unit, steps,
+            tokens, data, seed; dense, pruned: dicts with layers, heads, kv_heads, head_dim, ffn,
+            parameters, bytes, kv_bytes_per_token; model_class and class_reason; difference: dict
+            with largest, largest_logit, top1_agreement, tokens (masked against exported logits);
+            perplexity: dict with data, seq_len, dense, pruned; tp: legal tensor-parallel sizes;
+            limits: list of sentences; versions: dict.
     """
     import yaml
 
@@ -50,7 +50,8 @@ def model_card(info: Mapping[str, Any]) -> str:
     shown = f"[{base}](https://huggingface.co/{base})" if on_hub else (Path(base).name or "a model")
     header: dict[str, Any] = {"base_model": base} if on_hub else {}
     header |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    header["tags"] = ["maskprune", "pruned", "structured-pruning"]
+    kind = "2-4-sparsity" if info.get("pattern") else "structured-pruning"
+    header["tags"] = ["maskprune", "pruned", kind]
     header |= {key: info[key] for key in ("license", "language") if info.get(key)}
     parts = [
         f"---\n{yaml.safe_dump(header, sort_keys=False).strip()}\n---",
@@ -87,6 +88,12 @@ def model_card(info: Mapping[str, Any]) -> str:
 
 
 def _card_summary(info: Mapping[str, Any], shown: str) -> str:
+    if pattern := info.get("pattern"):
+        return (
+            f"{shown} with two of every four consecutive weights at zero ({pattern}) in every "
+            "linear of its blocks. Shapes and files are as large as before: an ordinary "
+            "checkpoint, faster only where the runtime skips the zeros."
+        )
     share = info.get("sparsity")
     less = f" with {share:.0%} of its attention and FFN weights removed" if share else ""
     return (

@@ -37,7 +37,8 @@ def check(
     Args:
         folder: the checkpoint.
         against: the original model: folder, hub id or `smollm2-135m`.
-        masks_file: the masks of the run; `folder/adapter`, where there is one, is applied too.
+        masks_file: the masks of the run, of units or 2:4; `folder/adapter`, where there is one, is
+            applied too.
         targets: engines to lint the shape for, see `plan.lint`.
 
     Raises:
@@ -87,6 +88,8 @@ def check(
     else:
         found.notes.append(f"family {config.model_type} is not in maskprune's table")
     model, tokenizer = load_model(folder)
+    if config.model_type in FAMILIES and _is_two_four(model):
+        found.notes.append("2:4 in every linear of its blocks")
     found.good.append("loads with from_pretrained, every tensor present, tokenizer too")
     _check_generation(model, tokenizer, found)
     if against is not None:
@@ -94,6 +97,16 @@ def check(
     elif masks_file is not None:
         raise ValueError("--masks needs --against MODEL, the model that the masks belong to")
     return found
+
+
+def _is_two_four(model: Any) -> bool:
+    from maskprune.semistructured.patterns import is_two_four, oriented, prunable
+
+    try:
+        linears = prunable(model)
+    except ValueError:
+        return False
+    return all(is_two_four(oriented(module)) for module in linears.values())
 
 
 @torch.no_grad()
@@ -117,13 +130,17 @@ def _check_equal(
     from maskprune.exporter import TOLERANCE, compare_logits
     from maskprune.load import load_model
     from maskprune.masks import attach_masks, load_masks
+    from maskprune.semistructured.patterns import apply_masks, is_masks_file
+    from maskprune.semistructured.patterns import load_masks as load_two_four
 
     origin, _ = load_model(against, dtype=str(model.dtype).removeprefix("torch."))
     if adapter.is_dir():
         from peft import PeftModel
 
         origin = PeftModel.from_pretrained(origin, adapter)
-    if masks_file is not None:
+    if masks_file is not None and is_masks_file(masks_file):
+        apply_masks(origin, load_two_four(masks_file)[0])
+    elif masks_file is not None:
         attach_masks(origin, masks=load_masks(masks_file), fused=False)
     ids = torch.randint(0, len(tokenizer), (2, 128), generator=torch.Generator().manual_seed(0)).to(
         model.device

@@ -16,6 +16,8 @@ from maskprune.config import (
     PruneConfig,
     PruneFiles,
     ReportConfig,
+    SparsifyConfig,
+    SparsifyFiles,
 )
 from maskprune.version import __version__
 
@@ -26,6 +28,7 @@ usage: maskprune COMMAND ... ; maskprune COMMAND --help shows its flags
   info                                  backends, versions, devices
   plan   MODEL --sparsity 0.2           the shape to come, without training
   prune  MODEL -o OUT --sparsity 0.2    learn the masks, write a stock checkpoint
+  sparsify MODEL -o OUT                 2:4: two of every four weights at zero, masks learned
   export MODEL --masks FILE -o OUT      fold masks into a checkpoint on disk, streaming
   check  DIR                            is it stock, who loads it, does it equal its origin
   eval   MODEL --ppl FILE --tasks NAMES perplexity and lm-eval tasks
@@ -155,6 +158,31 @@ def prune(argv: Sequence[str]) -> int:
     return 0
 
 
+def sparsify(argv: Sequence[str]) -> int:
+    """`maskprune sparsify`."""
+    (files, settings), _ = parse(
+        "sparsify",
+        [SparsifyFiles, SparsifyConfig],
+        argv,
+        "Learn 2:4 masks (MaskLLM), or choose them at once, and write a stock checkpoint.",
+    )
+    from maskprune.semistructured.run import run_sparsify
+
+    print(
+        run_sparsify(
+            files.model,
+            Path(files.output),
+            settings,
+            data=files.data,
+            masks=files.masks,
+            resume=files.resume,
+            overwrite=files.overwrite,
+            max_shard_size=files.max_shard_size,
+        )
+    )
+    return 0
+
+
 def export(argv: Sequence[str]) -> int:
     """`maskprune export`."""
     (settings,), _ = parse("export", [ExportConfig], argv, "Fold masks into a checkpoint on disk.")
@@ -209,6 +237,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "info": info,
     "plan": plan,
     "prune": prune,
+    "sparsify": sparsify,
     "export": export,
     "check": check,
     "eval": evaluate,

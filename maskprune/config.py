@@ -13,6 +13,36 @@ def _setting(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+def _require_choices(config: Any, **choices: tuple[str, ...]) -> None:
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise ValueError(
+                f"{name} is {getattr(config, name)!r}; expected one of {', '.join(allowed)}"
+            )
+
+
+def _require_least(config: Any, **least: int) -> None:
+    for name, low in least.items():
+        value = getattr(config, name)
+        if value is not None and value < low:
+            raise ValueError(f"{name} is {value}; expected at least {low}")
+
+
+def _require_positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} is {value}; expected a number above 0")
+
+
+def _require_whole_micro_batches(config: Any) -> None:
+    if config.batch_size % config.gradient_accumulation:
+        raise ValueError(
+            f"gradient_accumulation {config.gradient_accumulation} does not divide batch_size "
+            f"{config.batch_size}"
+        )
+
+
 @dataclass(frozen=True)
 class PruneConfig:
     """How to prune; the defaults need no tuning from 100 to 10,000 steps."""
@@ -98,53 +128,139 @@ class PruneConfig:
     logging_steps: int = _setting(10, "Steps between rows of the trace.")
 
     def __post_init__(self) -> None:
-        choices = {
-            "method": ("maskprune", "wanda-sp", "taylor"),
-            "mode": ("minimax", "scheduled"),
-            "warm_start": ("none", "wanda-sp", "taylor"),
-            "head_unit": ("kv_group", "query_head"),
-            "arch_fallback": ("mistral", "divisor", "error"),
-            "kl_direction": ("teacher_student", "student_teacher"),
-            "autocast": ("auto", "bfloat16", "none"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}"
-                )
+        _require_choices(
+            self,
+            method=("maskprune", "wanda-sp", "taylor"),
+            mode=("minimax", "scheduled"),
+            warm_start=("none", "wanda-sp", "taylor"),
+            head_unit=("kv_group", "query_head"),
+            arch_fallback=("mistral", "divisor", "error"),
+            kl_direction=("teacher_student", "student_teacher"),
+            autocast=("auto", "bfloat16", "none"),
+        )
         if self.sparsity is not None and not 0 < self.sparsity < 1:
             raise ValueError(f"sparsity is {self.sparsity}; expected a number between 0 and 1")
         if self.sparsity is None and self.head_sparsity is None and self.ffn_sparsity is None:
             raise ValueError("no sparsity is given; pass one like 0.2, or a split by hand")
-        least = {
-            "steps": 20,
-            "batch_size": 1,
-            "gradient_accumulation": 1,
-            "seq_len": 8,
-            "warm_start_blocks": 1,
-            "save_steps": 1,
-            "logging_steps": 1,
-            "lora_r": 1,
-            "output_r": 1,
-            "compensation_tokens": 1,
-            "interval": 1,
-            "multiple_of": 1,
-        }
-        for name, low in least.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise ValueError(f"{name} is {value}; expected at least {low}")
-        for name in ("learning_rate", "mask_lr", "epochs", "eta1"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} is {value}; expected a number above 0")
+        _require_least(
+            self,
+            steps=20,
+            batch_size=1,
+            gradient_accumulation=1,
+            seq_len=8,
+            warm_start_blocks=1,
+            save_steps=1,
+            logging_steps=1,
+            lora_r=1,
+            output_r=1,
+            compensation_tokens=1,
+            interval=1,
+            multiple_of=1,
+        )
+        _require_positive(self, "learning_rate", "mask_lr", "epochs", "eta1")
         if self.reach is not None and not 0 < self.reach <= 0.9:
             raise ValueError(f"reach is {self.reach}; expected a share of the run in (0, 0.9]")
-        if self.batch_size % self.gradient_accumulation:
+        _require_whole_micro_batches(self)
+
+
+@dataclass(frozen=True)
+class SparsifyConfig:
+    """How to make a model 2:4 sparse; the defaults are MaskLLM's, fitted to the number of steps."""
+
+    method: str = _setting(
+        "maskllm",
+        "maskllm learns the masks; one-shot baselines: sparsegpt, wanda, magnitude.",
+    )
+    prior: str = _setting(
+        "sparsegpt",
+        "What the learning starts from: sparsegpt, wanda, magnitude, none, or a masks file.",
+    )
+    prior_strength: float = _setting(
+        3.0, "How far the prior moves the logits, in their standard deviations."
+    )
+    update_weights: bool = _setting(
+        False, "With --method sparsegpt: also adjust the weights that stay, as published."
+    )
+    calibration_blocks: int = _setting(
+        128, "Blocks of seq_len tokens that sparsegpt and wanda read."
+    )
+    steps: int | None = _setting(None, "Optimizer steps; or give --epochs.")
+    epochs: float | None = _setting(None, "Passes over the data; 1 where neither is given.")
+    batch_size: int = _setting(16, "Sequences per step, over all devices.")
+    gradient_accumulation: int = _setting(
+        1, "Micro-batches per step, each batch_size / this, each with a sample of the masks."
+    )
+    seq_len: int = _setting(512, "Tokens per sequence.")
+    max_tokens: int | None = _setting(10_240_000, "Read at most this many tokens of the data.")
+    learning_rate: float | None = _setting(
+        None, "Of the logits; falls to a tenth by a cosine. 1 / steps: 5e-4 in 2000 steps."
+    )
+    weight_decay: float = _setting(0.1, "AdamW's, of the logits.")
+    max_grad_norm: float = _setting(1.0, "Clip of the logits' gradient; 0: none.")
+    kappa_start: float = _setting(100.0, "Scale of the logits in the softmax at the first step.")
+    kappa_end: float = _setting(500.0, "The same at the last step; linear between.")
+    tau_start: float = _setting(4.0, "Temperature of the softmax at the first step.")
+    tau_end: float = _setting(0.05, "The same at the last step; linear between.")
+    logit_std: float = _setting(0.01, "Standard deviation of the logits before the prior.")
+    regulariser: str = _setting(
+        "relative",
+        "Reward for large kept weights: relative (norms over the dense ones), or sum (the paper's "
+        "sum of squares, which depends on the model's size).",
+    )
+    regulariser_weight: float | None = _setting(
+        None, "Its weight at the first step, falling to 0; 0.1 relative, 1e-5 sum."
+    )
+    gradient_checkpointing: bool = _setting(False, "Trade time for memory.")
+    dtype: str = _setting(
+        "auto", "auto (float32 weights on CPU, as stored on GPU), float32, bfloat16 or float16."
+    )
+    autocast: str = _setting(
+        "auto", "Compute type: auto (bfloat16 where measured faster), bfloat16 or none."
+    )
+    device: str = _setting("auto", "auto, cpu or cuda.")
+    seed: int = _setting(0, "Of data order, logits and samples; CPU runs repeat to the bit.")
+    save_steps: int = _setting(100, "Steps between checkpoints, what a kill loses at most.")
+    logging_steps: int = _setting(10, "Steps between rows of the trace.")
+
+    def __post_init__(self) -> None:
+        _require_choices(
+            self,
+            method=("maskllm", "sparsegpt", "wanda", "magnitude"),
+            regulariser=("relative", "sum"),
+            autocast=("auto", "bfloat16", "none"),
+        )
+        if self.prior not in ("sparsegpt", "wanda", "magnitude", "none") and (
+            not self.prior.endswith(".safetensors")
+        ):
             raise ValueError(
-                f"gradient_accumulation {self.gradient_accumulation} does not divide batch_size "
-                f"{self.batch_size}"
+                f"prior is {self.prior!r}; expected sparsegpt, wanda, magnitude, none or a masks "
+                "file, masks.safetensors"
             )
+        if self.update_weights and self.method != "sparsegpt":
+            raise ValueError(
+                f"update_weights is for --method sparsegpt; {self.method} leaves the weights that "
+                "stay as they are"
+            )
+        _require_least(
+            self,
+            steps=20,
+            batch_size=1,
+            gradient_accumulation=1,
+            seq_len=8,
+            calibration_blocks=1,
+            save_steps=1,
+            logging_steps=1,
+            prior_strength=0,
+            weight_decay=0,
+            max_grad_norm=0,
+            regulariser_weight=0,
+        )
+        _require_positive(
+            self,
+            *("learning_rate", "epochs", "kappa_start", "kappa_end", "tau_start", "tau_end"),
+            "logit_std",
+        )
+        _require_whole_micro_batches(self)
 
 
 @dataclass(frozen=True)
@@ -170,10 +286,7 @@ class EvalConfig:
     def __post_init__(self) -> None:
         if not self.ppl and not self.tasks:
             raise ValueError("nothing to evaluate; give --ppl FILE, --tasks NAMES, or both")
-        for name, low in (("seq_len", 2), ("batch_size", 1), ("limit", 1)):
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise ValueError(f"{name} is {value}; expected at least {low}")
+        _require_least(self, seq_len=2, batch_size=1, limit=1)
 
 
 @dataclass(frozen=True)
@@ -191,6 +304,26 @@ class PruneFiles:
     resume: bool = _setting(False, "Continue the run in progress, with the same settings.")
     overwrite: bool = _setting(False, "Replace an output folder that exists.")
     dry_run: bool = _setting(False, "Show the plan and stop.")
+    max_shard_size: str = _setting("5GB", "Of one file of weights.")
+
+
+@dataclass(frozen=True)
+class SparsifyFiles:
+    """Where `maskprune sparsify` reads and writes."""
+
+    model: str = field(metadata={"help": "Checkpoint folder, hub id, or smollm2-135m."})
+    output: str = field(
+        metadata={"help": "Folder of the stock checkpoint to come.", "aliases": ["-o"]}
+    )
+    data: str | None = _setting(
+        None,
+        "Text to learn from: .txt, .jsonl, folder, or dataset[:config][:split]; C4 by default.",
+    )
+    masks: str | None = _setting(
+        None, "Apply this masks file as it is, and learn nothing; needs no data."
+    )
+    resume: bool = _setting(False, "Continue the run in progress, with the same settings.")
+    overwrite: bool = _setting(False, "Replace an output folder that exists.")
     max_shard_size: str = _setting("5GB", "Of one file of weights.")
 
 

@@ -129,20 +129,28 @@ def export(model: nn.Module, masks: Masks, *, arch_fallback: str = "mistral") ->
 
 
 @torch.no_grad()
-def compare_logits(a: nn.Module, b: nn.Module, input_ids: torch.Tensor) -> Difference:
-    """The largest difference of two models' logits on `input_ids` (B, T), in eval mode."""
-    was_training = [(m, m.training) for m in (a, b)]
-    for module in (a, b):
-        module.eval()
-    x = a(input_ids=input_ids).logits.double()
-    y = b(input_ids=input_ids).logits.double().to(x.device)
-    for module, training in was_training:
-        module.train(training)
+def logits_of(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """float64 logits of a model on `input_ids` (B, T), in eval mode."""
+    training = model.training
+    model.eval()
+    logits: torch.Tensor = model(input_ids=input_ids).logits.double()
+    model.train(training)
+    return logits
+
+
+def difference_of(x: torch.Tensor, y: torch.Tensor) -> Difference:
+    """How far logits `y` are from `x`."""
+    y = y.to(x.device)
     return Difference(
         largest=float((x - y).abs().max()),
         largest_logit=float(x.abs().max()),
         top1_agreement=float((x.argmax(-1) == y.argmax(-1)).double().mean()),
     )
+
+
+def compare_logits(a: nn.Module, b: nn.Module, input_ids: torch.Tensor) -> Difference:
+    """The largest difference of two models' logits on `input_ids` (B, T), in eval mode."""
+    return difference_of(logits_of(a, input_ids), logits_of(b, input_ids))
 
 
 def require_equal(difference: Difference, dtype: torch.dtype) -> None:

@@ -58,15 +58,16 @@ class BlockTrainer(Trainer):
         raise NotImplementedError
 
 
-def total_steps(config: Any, n_blocks: int) -> int:
-    """Optimizer steps of a run on `n_blocks` blocks: `steps`, else `epochs`, else 7 epochs."""
+def total_steps(config: Any, n_blocks: int, epochs: float = 7.0) -> int:
+    """Optimizer steps of a run on `n_blocks` blocks: the settings' `steps`, `epochs`, or these."""
     if config.steps is not None:
-        return config.steps
-    steps = int((config.epochs or 7.0) * n_blocks / config.batch_size)
+        return int(config.steps)
+    epochs = config.epochs or epochs
+    steps = int(epochs * n_blocks / config.batch_size)
     if steps < 20:
         raise ValueError(
-            f"{config.epochs or 7.0} epochs of {n_blocks} blocks are {steps} steps of "
-            f"{config.batch_size}; the schedule needs at least 20: give more data or --steps"
+            f"{epochs} epochs of {n_blocks} blocks are {steps} steps of {config.batch_size}; the "
+            "schedule needs at least 20: give more data or --steps"
         )
     return steps
 

@@ -56,6 +56,8 @@ def test_the_public_names_are_these():
         "PruneCallback",
         "PruneConfig",
         "PruneResult",
+        "SparsifyConfig",
+        "SparsifyResult",
         "__version__",
         "attach_masks",
         "export",
@@ -63,6 +65,7 @@ def test_the_public_names_are_these():
         "load_masks",
         "ops",
         "prune",
+        "sparsify",
     ]
     for name in maskprune.__all__:
         assert getattr(maskprune, name) is not None

@@ -258,6 +258,17 @@ def load_masks(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str
     return masks, meta
 
 
+def is_masks_file(path: str | Path) -> bool:
+    """Whether a file says of itself that `save_masks` wrote it; False where it cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (OSError, SafetensorError):
+        return False
+
+
 @torch.no_grad()
 def apply_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
     """Set every weight that its mask leaves out to +0.0, in place.

@@ -1,0 +1,137 @@
+"""2:4 masks that MaskLLM learned against one-shot ones, on the demo model.
+
+    python benchmarks/quality_two_four.py --rows benchmarks/results/two_four.jsonl
+
+Every arm calibrates on the same blocks; the learned ones go on from there on the same tokens in the
+same order. Only `sparsegpt-updated` changes the weights that stay. Held-out perplexity is on text
+that no arm read.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from dataclasses import fields
+from typing import Any
+
+from harness import Parser, environment, fix_threads, write_rows
+from quality_cpu import pair, perplexities
+from rows import MEASURED
+
+from maskprune.config import SparsifyConfig
+from maskprune.data import token_blocks
+from maskprune.demo import demo_model_dir, demo_text
+from maskprune.load import load_model
+from maskprune.semistructured.learn import sparsify
+
+# Each arm: the method, and what it starts from or whether it updates weights.
+ARMS: dict[str, dict[str, Any]] = {
+    "magnitude": {"method": "magnitude"},
+    "wanda": {"method": "wanda"},
+    "sparsegpt": {"method": "sparsegpt"},
+    "sparsegpt-updated": {"method": "sparsegpt", "update_weights": True},
+    "maskllm-sparsegpt": {"prior": "sparsegpt"},
+    "maskllm-wanda": {"prior": "wanda"},
+    "maskllm-magnitude": {"prior": "magnitude"},
+    "maskllm-none": {"prior": "none"},
+}
+# What a run finds, in which it may differ from an older one that it replaces.
+FOUND = (
+    *MEASURED, "last_loss", "max_prob", "changed", "kept_norm", "seconds", "ppl_held_out",
+    "ppl_text", "ppl_dtype",
+)  # fmt: skip
+
+
+def settings(args: Any, arm: str, seed: int) -> SparsifyConfig:
+    """The settings of one arm."""
+    chosen = {
+        "steps": args.steps,
+        "batch_size": args.batch_size,
+        "gradient_accumulation": args.draws,
+        "seq_len": args.seq_len,
+        "calibration_blocks": args.calibration_blocks,
+        "seed": seed,
+        "save_steps": 10_000,
+        "logging_steps": 20,
+    }
+    return SparsifyConfig(**(chosen | ARMS[arm] | dict(args.set)))
+
+
+def one_run(args: Any, arm: str, seed: int) -> dict[str, Any]:
+    """Make the model sparse by one arm and measure it; the row."""
+    train, held_out = demo_text()
+    model, tokenizer = load_model(demo_model_dir(), dtype="float32")
+    config = settings(args, arm, seed)
+    blocks = token_blocks(train, tokenizer, args.seq_len, seed=seed)
+    started = time.monotonic()
+    result = sparsify(model, tokenizer, blocks, config, quiet=args.quiet)
+    seconds = time.monotonic() - started
+    row: dict[str, Any] = {
+        "op": "two_four",
+        "provider": arm,
+        "seed": seed,
+        "calibration_tokens": config.calibration_blocks * args.seq_len,
+        "seconds": round(seconds, 1),
+    }
+    if config.method == "maskllm":
+        last = result.trace[-1]
+        row |= {
+            "steps": args.steps,
+            "tokens_per_step": args.batch_size * args.seq_len,
+            "draws_per_step": args.draws,
+            "last_loss": last["lm"],
+            "max_prob": last["max_prob"],
+            "changed": last["changed"],
+            "kept_norm": last["kept_norm"],
+        }
+        row |= {f"set_{name}": value for name, value in args.set}
+    return row | perplexities(args, result.model, tokenizer, held_out)
+
+
+def main() -> int:
+    parser = Parser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--draws", type=int, default=2, help="samples of the masks per step")
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--calibration-blocks", type=int, default=64)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS)[:5])
+    parser.add_argument("--text", help="another text for perplexity, such as WikiText-2's")
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=20)
+    parser.add_argument(
+        "--set",
+        type=pair,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="another setting of SparsifyConfig, for the learned arms",
+    )
+    parser.add_argument("--quiet", action="store_true")
+    args = parser.parse_args()
+    known = {field.name for field in fields(SparsifyConfig)}
+    if unknown := sorted({name for name, _ in args.set} - known):
+        parser.error(f"--set {', '.join(unknown)}: no such setting of SparsifyConfig")
+    fix_threads(args.threads)
+    common = environment("cpu", 0)
+
+    model, tokenizer = load_model(demo_model_dir(), dtype="float32")
+    dense = {"op": "two_four", "provider": "dense"}
+    rows = [common | dense | perplexities(args, model, tokenizer, demo_text()[1])]
+    print(rows[-1], flush=True)
+    del model
+    for seed in args.seeds:
+        for arm in sorted(args.arms, key=list(ARMS).index):
+            rows.append(common | one_run(args, arm, seed))
+            print(rows[-1], flush=True)
+            gc.collect()
+            if args.rows:
+                new = rows[-1:] if len(rows) > 2 else rows
+                write_rows(args.rows, new, overwrite=args.overwrite, ignore=FOUND)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

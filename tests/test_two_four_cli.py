@@ -1,0 +1,152 @@
+"""`maskprune sparsify` as a user types it: a stock 2:4 checkpoint, or one line of why not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints_on_disk import write_checkpoint, write_text
+
+from maskprune.cli import main
+from maskprune.semistructured.patterns import is_two_four, load_masks, oriented, prunable
+
+LEARN = (
+    "--steps 20 --batch-size 2 --seq-len 16 --calibration-blocks 4 --prior wanda --autocast none "
+    "--save-steps 8 --logging-steps 5"
+).split()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("two_four")
+    write_checkpoint(folder / "model")
+    write_text(folder / "text.jsonl")
+    return folder
+
+
+def sparsify(place, out, *more) -> int:
+    data = ["--data", str(place / "text.jsonl")]
+    return main(["sparsify", str(place / "model"), "-o", str(out), *LEARN, *data, *more])
+
+
+@pytest.fixture(scope="module")
+def learned(place) -> Path:
+    assert sparsify(place, place / "learned") == 0
+    return place / "learned"
+
+
+def load(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_it_writes_a_stock_checkpoint_its_masks_and_its_record(learned):
+    from transformers import AutoTokenizer
+
+    model = load(learned)
+    assert all(is_two_four(oriented(m)) for m in prunable(model).values())
+    assert len(AutoTokenizer.from_pretrained(learned)("w1 w2").input_ids) == 2
+    record = json.loads((learned / "maskprune.json").read_text())
+    assert record["format"] == "maskprune-two-four" and record["steps"] == 20
+    assert record["settings"]["prior"] == "wanda" and "torch" in record["versions"]
+    assert record["logits_masked_against_exported"]["largest"] == 0
+    rows = [json.loads(line) for line in (learned / "trace.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 5, 10, 15, 20]
+    masks, metadata = load_masks(learned / "two_four.safetensors")
+    for name, module in prunable(model).items():
+        W = oriented(module)
+        assert torch.equal(W.masked_fill(~masks[name], 0.0), W)
+    assert metadata["method"] == "maskllm"
+    assert not (learned.parent / "learned.run").exists()
+    card = (learned / "README.md").read_text()
+    assert "2-4-sparsity" in card and "two of every four" in card and "whole heads" not in card
+
+
+def test_others_apply_the_masks_file_to_their_own_copy(learned, place, capsys):
+    file = str(learned / "two_four.safetensors")
+    out = place / "applied"
+    assert main(["sparsify", str(place / "model"), "-o", str(out), "--masks", file]) == 0
+    ours, theirs = load(learned).state_dict(), load(out).state_dict()
+    assert all(torch.equal(ours[n], theirs[n]) for n in ours)
+    assert json.loads((out / "maskprune.json").read_text())["method"] == "maskllm"
+
+
+def test_masks_go_on_to_another_run_as_its_prior(learned, place, tmp_path):
+    file = str(learned / "two_four.safetensors")
+    assert sparsify(place, tmp_path / "next", "--prior", file, "--learning-rate", "1e-9") == 0
+    before, _ = load_masks(file)
+    after, _ = load_masks(tmp_path / "next" / "two_four.safetensors")
+    same = torch.cat([(before[n] == after[n]).flatten() for n in before])
+    assert float(same.double().mean()) > 0.9
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_one_shot_methods_write_the_same_kind_of_folder(method, place, tmp_path):
+    more = ["--update-weights"] if method == "sparsegpt" else []
+    assert sparsify(place, tmp_path / "out", "--method", method, *more) == 0
+    model = load(tmp_path / "out")
+    assert all(is_two_four(oriented(m)) for m in prunable(model).values())
+    record = json.loads((tmp_path / "out" / "maskprune.json").read_text())
+    assert record["method"] == method and record["steps"] == 0
+    assert not (tmp_path / "out" / "trace.jsonl").exists()
+
+
+def test_check_sees_the_pattern_and_proves_it(learned, place, capsys):
+    assert main(["check", str(learned)]) == 0
+    assert "2:4 in every linear of its blocks" in capsys.readouterr().out
+    main(["check", str(place / "model")])
+    assert "2:4" not in capsys.readouterr().out
+    file = str(learned / "two_four.safetensors")
+    against = ["--against", str(place / "model"), "--masks", file]
+    assert main(["check", str(learned), *against]) == 0
+    assert "equals the masked model" in capsys.readouterr().out
+    assert main(["check", str(place / "model"), *against]) == 1
+
+
+def test_a_run_goes_on_with_resume(place, tmp_path, monkeypatch, capsys):
+    from maskprune.semistructured.learn import SparsifyTrainer
+
+    loss = SparsifyTrainer.compute_loss
+
+    def killed(self, *args, **kw):
+        if self.state.global_step == 12:
+            raise KeyboardInterrupt
+        return loss(self, *args, **kw)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SparsifyTrainer, "compute_loss", killed)
+        assert sparsify(place, tmp_path / "out") == 130
+    assert not (tmp_path / "out").exists()
+    assert sparsify(place, tmp_path / "out") == 2
+    assert "continue it with --resume" in capsys.readouterr().err
+    assert sparsify(place, tmp_path / "out", "--resume", "--seed", "1") == 2
+    assert "seed 0 -> 1" in capsys.readouterr().err
+    assert sparsify(place, tmp_path / "out", "--resume") == 0
+    assert sparsify(place, tmp_path / "whole") == 0
+    a, _ = load_masks(tmp_path / "out" / "two_four.safetensors")
+    b, _ = load_masks(tmp_path / "whole" / "two_four.safetensors")
+    assert all(torch.equal(a[n], b[n]) for n in b)
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--prior", "gone.safetensors"], "gone.safetensors"),
+        (["--method", "flap"], "expected one of maskllm, sparsegpt, wanda, magnitude"),
+        (["--update-weights"], "update_weights is for --method sparsegpt"),
+        (["--masks", "gone.safetensors"], "gone.safetensors"),
+    ],
+)
+def test_what_cannot_work_is_one_line_and_leaves_nothing(more, said, place, tmp_path, capsys):
+    assert sparsify(place, tmp_path / "out", *more) == 2
+    err = capsys.readouterr().err.strip().splitlines()
+    assert said in err[-1] and len(err) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_folder_that_exists_is_refused_before_any_work(learned, place, capsys):
+    assert sparsify(place, learned) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
