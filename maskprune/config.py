@@ -202,6 +202,9 @@ class SparsifyConfig:
     tau_start: float = _setting(4.0, "Temperature of the softmax at the first step.")
     tau_end: float = _setting(0.05, "The same at the last step; linear between.")
     logit_std: float = _setting(0.01, "Standard deviation of the logits before the prior.")
+    loss: str = _setting(
+        "lm", "lm, the language-model loss; or kl, against the dense model: one more forward."
+    )
     regulariser: str = _setting(
         "relative",
         "Reward for large kept weights: relative (norms over the dense ones), or sum (the paper's "
@@ -226,6 +229,7 @@ class SparsifyConfig:
         _require_choices(
             self,
             method=("maskllm", "sparsegpt", "wanda", "magnitude"),
+            loss=("lm", "kl"),
             regulariser=("relative", "sum"),
             autocast=("auto", "bfloat16", "none"),
         )

@@ -22,13 +22,15 @@ class Progress:
     A bar where standard error is a terminal, a line per logged row where it is not.
     """
 
-    def __init__(self, total_steps: int, done: int = 0, quiet: bool = False) -> None:
+    def __init__(
+        self, total_steps: int, done: int = 0, quiet: bool = False, unit: str = "step"
+    ) -> None:
         self.total, self.first, self.started = total_steps, done, time.monotonic()
-        self.quiet = quiet
+        self.quiet, self.unit = quiet, unit
         self.bar: Any = None
         if not quiet and sys.stderr.isatty():
             self.bar = tqdm(
-                total=total_steps, initial=done, desc="prune", unit="step", dynamic_ncols=True
+                total=total_steps, initial=done, desc="prune", unit=unit, dynamic_ncols=True
             )
 
     def advance(self) -> None:
@@ -43,7 +45,10 @@ class Progress:
         elif not self.quiet:
             per_step = (time.monotonic() - self.started) / max(1, done - self.first)
             left = time.strftime("%H:%M:%S", time.gmtime((self.total - done) * per_step))
-            print(f"step {done}/{self.total} {text} left {left}", file=sys.stderr, flush=True)
+            line = " ".join(
+                filter(None, (f"{self.unit} {done}/{self.total}", text, f"left {left}"))
+            )
+            print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leave the terminal as it was."""

@@ -21,8 +21,10 @@ from maskprune.callbacks import TraceCallback
 from maskprune.checkpoints import latest, mark_complete
 from maskprune.config import SparsifyConfig
 from maskprune.data import block_order, token_blocks
+from maskprune.distill import token_kl
 from maskprune.exporter import Difference, difference_of, logits_of, require_equal
-from maskprune.progress import note
+from maskprune.families import layers_of
+from maskprune.progress import Progress, note
 from maskprune.semistructured.masks import TwoFourMasks, attach_two_four
 from maskprune.semistructured.oneshot import METHODS, one_shot_masks
 from maskprune.semistructured.patterns import apply_masks, load_masks
@@ -105,13 +107,22 @@ class SparsifyTrainer(BlockTrainer):
         self.masks.draw(sample * self.args.world_size + self.args.process_index)
 
         ids = inputs["input_ids"]
-        logits = model(input_ids=ids, use_cache=False).logits
-        lm = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+        if config.loss == "kl":
+            with torch.no_grad(), self.masks.seen_as("off"):
+                teacher = model(input_ids=ids, use_cache=False).logits
+            fit = token_kl(model(input_ids=ids, use_cache=False).logits, teacher)
+        else:
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+            fit = functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
         total, squares = self.masks.kept_norms()
         kept = total / self.dense_norm
         reward = squares if config.regulariser == "sum" else kept
-        loss = lm - self.reward * (1 - done) * reward
-        self.last_loss = {"loss": loss.detach(), "lm": lm.detach(), "kept_norm": kept.detach()}
+        loss = fit - self.reward * (1 - done) * reward
+        self.last_loss = {
+            "loss": loss.detach(),
+            config.loss: fit.detach(),
+            "kept_norm": kept.detach(),
+        }
         return (loss, {}) if return_outputs else loss
 
     def trace_row(self, optimizer: Any) -> dict[str, Any]:
@@ -189,8 +200,7 @@ def sparsify(
     try:
         if config.method == "maskllm":
             return _learn(core, blocks, sample, config, run_dir, resume, quiet)
-        note(f"choosing 2:4 masks by {config.method}", quiet)
-        masks = one_shot_masks(core, config.method, sample, update=config.update_weights)
+        masks = choose_masks(core, config.method, sample, update=config.update_weights, quiet=quiet)
         apply_masks(core, masks)
         return SparsifyResult(core, masks, None, [], 0)
     finally:
@@ -258,15 +268,31 @@ def find_prior(
     if config.prior == "none":
         return None
     if config.prior in METHODS:
-        note(f"choosing the prior masks by {config.prior} on {blocks.numel():,} tokens", quiet)
-        return one_shot_masks(model, config.prior, blocks)
+        return choose_masks(model, config.prior, blocks, quiet=quiet)
     masks, _ = load_masks(config.prior)
     return masks
+
+
+def choose_masks(
+    model: Any, method: str, blocks: torch.Tensor, *, update: bool = False, quiet: bool = False
+) -> dict[str, torch.Tensor]:
+    """`one_shot_masks` with its progress shown, a block of the model at a time."""
+    note(f"choosing 2:4 masks by {method} on {blocks.numel():,} tokens", quiet)
+    bar = Progress(len(layers_of(model)), 0, quiet, unit="block")
+
+    def progress(done: int, total: int) -> None:
+        bar.advance()
+        bar.show(done, "")
+
+    try:
+        return one_shot_masks(model, method, blocks, update=update, progress=progress)
+    finally:
+        bar.close()
 
 
 def _progress_line(row: dict[str, Any]) -> str:
     """Loss, the kept norm, how sure and how restless the masks are, tokens/s."""
     return (
-        f"loss {row['lm']:.3f} kept {row['kept_norm']:.3f} max p {row['max_prob']:.3f} "
+        f"loss {row['loss']:.3f} kept {row['kept_norm']:.3f} max p {row['max_prob']:.3f} "
         f"changed {row['changed']:.4f} {row['tokens_per_s']:.0f} tok/s"
     )
