@@ -37,6 +37,7 @@ bench: $(VENV)/tested
 	$(BIN)/python benchmarks/bench_prox.py --rows $(R)/prox.jsonl --overwrite
 	$(BIN)/python benchmarks/bench_minimax_step.py --rows $(R)/minimax_step.jsonl --overwrite
 	$(BIN)/python benchmarks/bench_masked_forward.py ops --rows $(R)/masked_forward.jsonl --overwrite
+	$(BIN)/python benchmarks/bench_two_four.py --rows $(R)/two_four.jsonl --overwrite
 	$(BIN)/python benchmarks/bench_fold.py ops --rows $(R)/fold.jsonl --overwrite
 	$(BIN)/python benchmarks/bench_fold.py stream --gb 4 --rows $(R)/stream.jsonl --overwrite
 	$(BIN)/python benchmarks/bench_fold.py memory --gb 1 4 8 --rows $(R)/stream.jsonl --overwrite

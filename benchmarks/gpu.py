@@ -39,6 +39,7 @@ def steps(
         "prox": [python, "benchmarks/bench_prox.py", "--device", "cuda"],
         "minimax_step": [python, "benchmarks/bench_minimax_step.py", "--device", "cuda"],
         "masked_forward": [python, "benchmarks/bench_masked_forward.py", "ops", "--device", "cuda"],
+        "two_four": [python, "benchmarks/bench_two_four.py", "--device", "cuda"],
         "masked_training": [
             python,
             "benchmarks/bench_masked_forward.py",
@@ -48,7 +49,8 @@ def steps(
         ],
         "latency": [python, "benchmarks/latency.py", "--device", "cuda"],
     }
-    for name in ("prox", "minimax_step", "masked_forward", "masked_training", "latency"):
+    measured = ("prox", "minimax_step", "masked_forward", "two_four", "masked_training", "latency")
+    for name in measured:
         plan[name] += ["--rows", str(RESULTS / f"{name}.jsonl"), "--overwrite"]
     if model and text:
         out = state / "paper"

@@ -3,8 +3,8 @@
     pytest benchmarks/test_ops.py --rows benchmarks/results/ops.jsonl --overwrite
 
 For a quick look at one machine; providers are not interleaved here, so ratios between operations
-and torch come from bench_prox.py, bench_fold.py and bench_masked_forward.py. `make test` runs
-these too, without timing.
+and torch come from bench_prox.py, bench_fold.py, bench_masked_forward.py and bench_two_four.py.
+`make test` runs these too, without timing.
 """
 
 import pytest
@@ -68,3 +68,14 @@ def test_scale_heads(bench, backend, random, dtype):
     bench("scale_heads", backend, lambda: ops.scale_heads(x, mask, backend=backend),
           check=same_as(expected, rtol=RTOL[dtype], atol=1e-6),
           **case(T=256, H=9, d_h=64, dtype=dtype))  # fmt: skip
+
+
+@DTYPES
+def test_gumbel_two_four(bench, backend, random, dtype):
+    W, logits = random(576, 1536).to(dtype), 0.01 * random(6, 576, 384)
+    scalars = torch.tensor(7), torch.tensor(100.0), torch.tensor(4.0)
+    expected = ops.gumbel_two_four(W, logits, *scalars, backend="reference")
+    bench("gumbel_two_four", backend,
+          lambda: ops.gumbel_two_four(W, logits, *scalars, backend=backend),
+          check=same_as(expected, rtol=max(RTOL[dtype], 1e-5), atol=1e-6),
+          **case(O=576, I=1536, dtype=dtype))  # fmt: skip

@@ -155,6 +155,40 @@ def heads_cases() -> list[Case]:
     return cases
 
 
+def gumbel_cases() -> list[Case]:
+    from maskprune.kernels.gumbel_two_four import BLOCK, BLOCK_S, SUM_WARPS, WARPS
+
+    scalars = {"seed_ptr": "*i64", "kappa_ptr": "*fp32", "tau_ptr": "*fp32"}
+    cases = []
+    for dtype in ("*bf16", "*fp32"):
+        inputs = {"w_ptr": dtype, "pi_ptr": "*fp32"} | scalars | {"G": "i32"}
+        forward = inputs | {"masked_ptr": dtype, "partial_ptr": "*fp32"}
+        backward = inputs | {"dmasked_ptr": dtype, "dnorm_sq_ptr": "*fp32", "dpi_ptr": "*fp32"}
+        for kernel, types in (("forward", forward), ("backward", backward)):
+            cases.append(
+                Case(
+                    module="gumbel_two_four",
+                    kernel=f"gumbel_two_four_{kernel}",
+                    types=types,
+                    constants={"APPROXIMATE": True, "BLOCK": BLOCK},
+                    warps=WARPS,
+                    divisible=tuple(types),
+                )
+            )
+    cases.append(
+        Case(
+            module="gumbel_two_four",
+            kernel="sum_partials",
+            types={"partial_ptr": "*fp32", "out_ptr": "*fp32", "S": "i32"},
+            constants={"BLOCK_S": BLOCK_S},
+            warps=SUM_WARPS,
+            divisible=("partial_ptr", "out_ptr"),
+            wide=False,
+        )
+    )
+    return cases
+
+
 def slab_cases() -> list[Case]:
     from maskprune.kernels.slabs import BLOCK_N, BLOCK_S
 
@@ -172,7 +206,14 @@ def slab_cases() -> list[Case]:
     ]
 
 
-CASES = [*prox_cases(), *minimax_cases(), *swiglu_cases(), *heads_cases(), *slab_cases()]
+CASES = [
+    *prox_cases(),
+    *minimax_cases(),
+    *swiglu_cases(),
+    *heads_cases(),
+    *gumbel_cases(),
+    *slab_cases(),
+]
 
 
 @pytest.fixture(scope="module")
