@@ -27,6 +27,9 @@ PAPER = (
     "--seq-len 512 --learning-rate 1e-3 --mask-lr 1e-2 --save-steps 200"
 ).split()
 
+# What a run that the time limit cut off leaves behind; it goes on from there.
+IN_PROGRESS = {"prune": "paper.run", "sparsify": "two_four.run"}
+
 
 def steps(
     model: str | None, text: str | None, paper_steps: int, state: Path
@@ -58,17 +61,24 @@ def steps(
             python, "-m", "maskprune.cli", "prune", model, "-o", str(out), "--data", text,
             "--sparsity", "0.2", "--steps", str(paper_steps), *PAPER,
         ]  # fmt: skip
-        plan["check"] = [python, "-m", "maskprune.cli", "check", str(out)]
-        plan["eval"] = [
-            python, "-m", "maskprune.cli", "eval", str(out), "--ppl", text, "--seq-len", "512",
-            "--limit", "40", "--json", str(RESULTS / "paper_run_eval.json"),
+        plan["sparsify"] = [
+            python, "-m", "maskprune.cli", "sparsify", model, "-o", str(state / "two_four"),
+            "--data", text, "--steps", "2000", "--batch-size", "16", "--seq-len", "512",
+            "--save-steps", "200",
         ]  # fmt: skip
+        for made in ("paper", "two_four"):
+            plan[f"check_{made}"] = [python, "-m", "maskprune.cli", "check", str(state / made)]
+            plan[f"eval_{made}"] = [
+                python, "-m", "maskprune.cli", "eval", str(state / made), "--ppl", text,
+                "--seq-len", "512", "--limit", "40",
+                "--json", str(RESULTS / f"{made}_run_eval.json"),
+            ]  # fmt: skip
     return plan
 
 
 def run(name: str, command: list[str], seconds: float, state: Path) -> int | None:
     """Run one step; its exit code, or None where the time ran out. Output goes to a log too."""
-    if name == "prune" and (state / "paper.run").exists():
+    if name in IN_PROGRESS and (state / IN_PROGRESS[name]).exists():
         command = [*command, "--resume"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     with (state / f"{name}.log").open("a") as log:

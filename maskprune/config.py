@@ -176,7 +176,7 @@ class SparsifyConfig:
         "What the learning starts from: sparsegpt, wanda, magnitude, none, or a masks file.",
     )
     prior_strength: float = _setting(
-        3.0, "How far the prior moves the logits, in their standard deviations."
+        8.0, "How far the prior moves the logits, in their standard deviations (the paper: 3)."
     )
     update_weights: bool = _setting(
         False, "With --method sparsegpt: also adjust the weights that stay, as published."
@@ -193,13 +193,13 @@ class SparsifyConfig:
     seq_len: int = _setting(512, "Tokens per sequence.")
     max_tokens: int | None = _setting(10_240_000, "Read at most this many tokens of the data.")
     learning_rate: float | None = _setting(
-        None, "Of the logits; falls to a tenth by a cosine. 1 / steps: 5e-4 in 2000 steps."
+        None, "Of the logits; falls to a tenth by a cosine. 1 / steps, at most 5e-3."
     )
     weight_decay: float = _setting(0.1, "AdamW's, of the logits.")
     max_grad_norm: float = _setting(1.0, "Clip of the logits' gradient; 0: none.")
     kappa_start: float = _setting(100.0, "Scale of the logits in the softmax at the first step.")
     kappa_end: float = _setting(500.0, "The same at the last step; linear between.")
-    tau_start: float = _setting(4.0, "Temperature of the softmax at the first step.")
+    tau_start: float = _setting(2.0, "Temperature of the softmax at the first step (the paper: 4).")
     tau_end: float = _setting(0.05, "The same at the last step; linear between.")
     logit_std: float = _setting(0.01, "Standard deviation of the logits before the prior.")
     loss: str = _setting(

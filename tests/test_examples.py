@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from checkpoints_on_disk import WORDS, write_checkpoint
 
+from maskprune.semistructured import is_two_four, oriented, prunable
+
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 
 
@@ -28,6 +30,9 @@ def test_the_example_runs_and_its_result_loads(example, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    if example.stem == "two_four_loop":
+        assert all(is_two_four(oriented(module)) for module in prunable(small).values())
+        return
     assert small.config.intermediate_size < 96 or small.config.num_attention_heads < 4
 
 

@@ -39,6 +39,8 @@ from maskprune.trainer import (
 )
 
 LOGITS_FILE = "logits.safetensors"
+# From 1.5 times the noise a step on (kappa 100), the samples of a short run broke the model.
+MAX_RATE = 5e-3
 REGULARISER_WEIGHTS = {"relative": 0.1, "sum": 1e-5}
 
 
@@ -71,7 +73,7 @@ class SparsifyTrainer(BlockTrainer):
 
     def create_optimizer(self, model: Any = None) -> Any:
         if self.optimizer is None:
-            rate = self.config.learning_rate or 1.0 / self.args.max_steps
+            rate = self.config.learning_rate or min(MAX_RATE, 1.0 / self.args.max_steps)
             self.optimizer = torch.optim.AdamW(
                 self.masks.parameters(),
                 lr=rate,

@@ -188,7 +188,7 @@ def attach_two_four(
     model: nn.Module,
     prior: dict[str, torch.Tensor] | None = None,
     *,
-    strength: float = 3.0,
+    strength: float = 8.0,
     std: float = 0.01,
     seed: int = 0,
 ) -> TwoFourMasks:
