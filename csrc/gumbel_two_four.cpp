@@ -87,9 +87,12 @@ MP_INLINE void sample(const Problem& p, int64_t group, int64_t groups, Block& bl
     const int32_t* __restrict n = block.n[k];
     float* __restrict x = block.p[k];
 #pragma omp simd
+    for (int64_t j = 0; j < groups; ++j)
+      x[j] = -log_positive((static_cast<float>(n[j]) + 0.5f) * 0x1p-21f);
+    // A loop of its own: two logarithms in a row are a longer chain than processors look ahead.
+#pragma omp simd
     for (int64_t j = 0; j < groups; ++j) {
-      const float u = (static_cast<float>(n[j]) + 0.5f) * 0x1p-21f;
-      x[j] = kappa * pi[j] - log_positive(-log_positive(u));
+      x[j] = kappa * pi[j] - log_positive(x[j]);
       peak[j] = k == 0 || x[j] > peak[j] ? x[j] : peak[j];
     }
   }

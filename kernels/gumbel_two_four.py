@@ -83,6 +83,7 @@ def _sample(pi_ptr, seed_ptr, kappa_ptr, tau_ptr, first, g, inside, G, APPROXIMA
     kappa = tl.load(kappa_ptr) * 1.4426950408889634
     inverse = 1.0 / tl.load(tau_ptr)
     plane = pi_ptr + first
+    G = first * 0 + G  # int64: five planes may pass 2^31
     x0 = kappa * load(plane, g, inside) + _minus_log2_of_exponential(n0, APPROXIMATE)
     x1 = kappa * load(plane + G, g, inside) + _minus_log2_of_exponential(n1, APPROXIMATE)
     x2 = kappa * load(plane + 2 * G, g, inside) + _minus_log2_of_exponential(n2, APPROXIMATE)
@@ -180,6 +181,7 @@ def gumbel_two_four_backward(
     mean = m0 * a + m1 * b + (m2 * c + m3 * e)
     scale = tl.load(kappa_ptr) / tl.load(tau_ptr)
     plane = dpi_ptr + first
+    G = first * 0 + G  # int64: five planes may pass 2^31
     store(plane, g, scale * p0 * (a + b - mean), inside)
     store(plane + G, g, scale * p1 * (a + c - mean), inside)
     store(plane + 2 * G, g, scale * p2 * (a + e - mean), inside)
