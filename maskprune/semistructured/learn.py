@@ -293,8 +293,9 @@ def choose_masks(
 
 
 def _progress_line(row: dict[str, Any]) -> str:
-    """Loss, the kept norm, how sure and how restless the masks are, tokens/s."""
+    """The loss without its reward, the kept norm, how sure the masks are, how restless, tokens/s."""
+    fit = "lm" if "lm" in row else "kl"
     return (
-        f"loss {row['loss']:.3f} kept {row['kept_norm']:.3f} max p {row['max_prob']:.3f} "
+        f"{fit} {row[fit]:.3f} kept {row['kept_norm']:.3f} max p {row['max_prob']:.3f} "
         f"changed {row['changed']:.4f} {row['tokens_per_s']:.0f} tok/s"
     )
