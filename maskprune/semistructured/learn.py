@@ -293,7 +293,7 @@ def choose_masks(
 
 
 def _progress_line(row: dict[str, Any]) -> str:
-    """The loss without its reward, the kept norm, how sure the masks are, how restless, tokens/s."""
+    """The fitted loss, the kept norm, how sure and how restless the masks are, tokens/s."""
     fit = "lm" if "lm" in row else "kl"
     return (
         f"{fit} {row[fit]:.3f} kept {row['kept_norm']:.3f} max p {row['max_prob']:.3f} "
