@@ -22,7 +22,7 @@ for step in range(steps):
     batch = blocks[torch.arange(step * 2, step * 2 + 2) % len(blocks)]
     loss = model(input_ids=batch, labels=batch, use_cache=False).loss
     kept, _ = masks.kept_norms()
-    (loss - 0.1 * (1 - done) * kept / masks.dense_norm()).backward()
+    (loss - 1500 * (1 - done) * kept / masks.dense_norm()).backward()
     optimizer.step()
     optimizer.zero_grad()
     if step % 20 == 0:

@@ -211,7 +211,7 @@ class SparsifyConfig:
         "sum of squares, which depends on the model's size).",
     )
     regulariser_weight: float | None = _setting(
-        None, "Its weight at the first step, falling to 0; 0.1 relative, 1e-5 sum."
+        None, "Its weight at the first step, falling to 0; 1500 relative, 1e-5 sum."
     )
     gradient_checkpointing: bool = _setting(False, "Trade time for memory.")
     dtype: str = _setting(
