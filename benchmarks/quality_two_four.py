@@ -1,10 +1,12 @@
 """2:4 masks that MaskLLM learned against one-shot ones, on the demo model.
 
-    python benchmarks/quality_two_four.py --rows benchmarks/results/two_four.jsonl
+    python benchmarks/quality_two_four.py --rows benchmarks/results/quality_two_four.jsonl
+    python benchmarks/quality_two_four.py --start --rows benchmarks/results/two_four_start.jsonl
 
 Every arm calibrates on the same blocks; the learned ones go on from there on the same tokens in the
 same order. Only `sparsegpt-updated` changes the weights that stay. Held-out perplexity is on text
-that no arm read.
+that no arm read. --start trains nothing: it is the loss of a run's first samples, by the strength
+of the prior and the temperature.
 """
 
 from __future__ import annotations
@@ -15,14 +17,17 @@ import time
 from dataclasses import fields
 from typing import Any
 
-from harness import Parser, environment, fix_threads, write_rows
+import torch
+from harness import Parser, environment, fix_threads, show, write_rows
 from quality_cpu import pair, perplexities
 from rows import MEASURED
+from torch.nn import functional
 
 from maskprune.config import SparsifyConfig
 from maskprune.data import token_blocks
 from maskprune.demo import demo_model_dir, demo_text
 from maskprune.load import load_model
+from maskprune.semistructured import attach_two_four, one_shot_masks
 from maskprune.semistructured.learn import sparsify
 
 # Each arm: the method, and what it starts from or whether it updates weights.
@@ -90,6 +95,41 @@ def one_run(args: Any, arm: str, seed: int) -> dict[str, Any]:
     return row | perplexities(args, result.model, tokenizer, held_out)
 
 
+@torch.no_grad()
+def loss_of(model: Any, ids: torch.Tensor) -> float:
+    """Language-model loss in nats per token."""
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    return float(functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
+
+
+def first_samples(args: Any) -> list[dict[str, Any]]:
+    """Rows with the loss of the prior masks and of first samples around them."""
+    model, tokenizer = load_model(demo_model_dir(), dtype="float32")
+    blocks = token_blocks(demo_text()[0], tokenizer, args.seq_len, seed=args.seeds[0])
+    n = args.calibration_blocks
+    prior = one_shot_masks(model, "sparsegpt", blocks[:n])
+    ids = blocks[n : n + args.batch_size]
+    row = {
+        "op": "two_four_start",
+        "seed": args.seeds[0],
+        "calibration_tokens": n * args.seq_len,
+        "tokens": ids.numel(),
+    }
+    rows = [row | {"provider": "dense", "loss": loss_of(model, ids)}]
+    for strength in (3.0, 5.0, 8.0):
+        masks = attach_two_four(model, prior, strength=strength, seed=args.seeds[0])
+        start = row | {"strength": strength}
+        with masks.seen_as("hard"):
+            rows.append(start | {"provider": "choice", "loss": loss_of(model, ids)})
+        for tau in (4.0, 2.0, 1.0, 0.5):
+            masks.schedule(100.0, tau)
+            masks.draw(0)
+            sample = {"provider": "sample", "kappa": 100.0, "tau": tau}
+            rows.append(start | sample | {"loss": loss_of(model, ids)})
+        masks.detach()
+    return rows
+
+
 def main() -> int:
     parser = Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=200)
@@ -110,6 +150,7 @@ def main() -> int:
         metavar="NAME=VALUE",
         help="another setting of SparsifyConfig, for the learned arms",
     )
+    parser.add_argument("--start", action="store_true", help="only the loss of first samples")
     parser.add_argument("--quiet", action="store_true")
     args = parser.parse_args()
     known = {field.name for field in fields(SparsifyConfig)}
@@ -118,6 +159,12 @@ def main() -> int:
     fix_threads(args.threads)
     common = environment("cpu", 0)
 
+    if args.start:
+        rows = [common | row for row in first_samples(args)]
+        print(show(rows, ("provider", "strength", "tau", "loss")))
+        if args.rows:
+            write_rows(args.rows, rows, overwrite=args.overwrite, ignore=(*MEASURED, "loss"))
+        return 0
     model, tokenizer = load_model(demo_model_dir(), dtype="float32")
     dense = {"op": "two_four", "provider": "dense"}
     rows = [common | dense | perplexities(args, model, tokenizer, demo_text()[1])]
