@@ -86,7 +86,7 @@ def one_run(args: Any, arm: str, seed: int) -> dict[str, Any]:
             "tokens_per_step": args.batch_size * args.seq_len,
             "draws_per_step": args.draws,
             "loss": config.loss,
-            "last_loss": last[config.loss],
+            "last_loss": last["loss"],
             "max_prob": last["max_prob"],
             "changed": last["changed"],
             "kept_norm": last["kept_norm"],

@@ -230,7 +230,7 @@ def losses(trace: Trace) -> Figure:
         axis.set(xlabel="Step", ylabel="Loss (nats; MSE without unit)")
         if positive:
             _log(axis)
-        axis.set_title("Distillation loss")
+        axis.set_title("Training loss")
         _finish(trace, axis)
     return figure
 
@@ -254,6 +254,21 @@ def uniformity(trace: Trace) -> Figure:
         right.set(xlabel="Step", ylabel="Largest mask among the pruned")
         _log(right)
         right.set_title("What is left to cut")
+        _finish(trace, left, right)
+    return figure
+
+
+def settling(trace: Trace) -> Figure:
+    """How sure 2:4 masks are of their choice, and how many change it (MaskLLM, Figure 5)."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9, 3.6))
+        left, right = figure.subplots(1, 2)
+        _line(left, trace, "max_prob", BLUE, "most likely candidate")
+        left.set(xlabel="Step", ylabel="Probability, mean over groups", ylim=(0, 1.02))
+        left.set_title("How sure the masks are")
+        _line(right, trace, "changed", ORANGE, "since the last logged step")
+        right.set(xlabel="Step", ylabel="Share of groups that changed", ylim=(0, None))
+        right.set_title("How restless the masks are")
         _finish(trace, left, right)
     return figure
 

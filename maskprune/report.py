@@ -149,6 +149,11 @@ def _sections(
     """(file name, heading, caption, figure) of everything that the run has data for."""
     from maskprune import plots
 
+    against = (
+        "The loss that was fitted, without the reward for kept weights"
+        if plots.has(trace, "max_prob")
+        else "Against the unpruned model on the same tokens"
+    )
     if masks is not None:
         # One column per unit that is cut, one row per layer, for both units of head pruning.
         layers = masks.shape.layers
@@ -207,12 +212,19 @@ def _sections(
             "to be pruned; what is left of it at the end is cut.",
         ),
         (
+            ("max_prob", "changed"),
+            plots.settling,
+            "settling",
+            "How the 2:4 masks settle",
+            "Left: the probability of the most likely candidate of a group, without noise. Right: "
+            "the share of groups whose most likely candidate is another than a logged step before.",
+        ),
+        (
             ("loss", "kl", "layer"),
             plots.losses,
             "losses",
             "Losses",
-            "Against the unpruned model on the same tokens. Thin: each logged step; thick: a "
-            "running median.",
+            f"{against}. Thin: each logged step; thick: a running median.",
         ),
     ):
         if plots.has(trace, *keys):

@@ -65,6 +65,17 @@ def test_it_writes_a_stock_checkpoint_its_masks_and_its_record(learned):
     assert "2-4-sparsity" in card and "two of every four" in card and "whole heads" not in card
 
 
+def test_the_report_shows_how_the_masks_settle(learned, place, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(learned, copy)
+    assert main(["report", str(copy)]) == 0
+    page = (copy / "report.html").read_text()
+    assert "How the 2:4 masks settle" in page and "without the reward" in page
+    assert sorted(p.stem for p in (copy / "report").glob("*.png")) == ["losses", "settling"]
+
+
 def test_others_apply_the_masks_file_to_their_own_copy(learned, place, capsys):
     file = str(learned / "two_four.safetensors")
     out = place / "applied"

@@ -122,8 +122,7 @@ class SparsifyTrainer(BlockTrainer):
         reward = squares if config.regulariser == "sum" else kept
         loss = fit - self.reward * (1 - done) * reward
         self.last_loss = {
-            "loss": loss.detach(),
-            config.loss: fit.detach(),
+            "loss": fit.detach(),
             "kept_norm": kept.detach(),
         }
         return (loss, {}) if return_outputs else loss
@@ -295,8 +294,7 @@ def choose_masks(
 
 def _progress_line(row: dict[str, Any]) -> str:
     """The fitted loss, the kept norm, how sure and how restless the masks are, tokens/s."""
-    fit = "lm" if "lm" in row else "kl"
     return (
-        f"{fit} {row[fit]:.3f} kept {row['kept_norm']:.3f} max p {row['max_prob']:.3f} "
+        f"loss {row['loss']:.3f} kept {row['kept_norm']:.3f} max p {row['max_prob']:.3f} "
         f"changed {row['changed']:.4f} {row['tokens_per_s']:.0f} tok/s"
     )
