@@ -12,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from maskprune.kernels.least_s_rows import prox_all_pairs, prox_chunked, prox_pieces, tile_for
+from maskprune.kernels.least_s_long import prox_chunked, prox_packed
+from maskprune.kernels.least_s_rows import prox_all_pairs, prox_pieces, tile_for
 
 
 @triton.jit
@@ -60,7 +61,34 @@ def pieces(
     row_ptr, n = locate(m_ptr, offsets_ptr, lengths_ptr, stride_row, N, TABLE, WIDE)
     s = tl.load(s_ptr + tl.program_id(0) * stride_s)
     shrink = tl.load(shrink_ptr)
-    sum_sq, next_sq, sound = prox_pieces(row_ptr, row_ptr, s, shrink, -1, n, False, R0, R1, R2, C)
+    sum_sq, next_sq, sound = prox_pieces(row_ptr, row_ptr, s, shrink, n, False, R0, R1, R2, C)
+    store_results(sum_sq_ptr, next_sq_ptr, sum_sq, next_sq, sound)
+
+
+@triton.jit
+def packed(
+    m_ptr,
+    s_ptr,
+    shrink_ptr,
+    offsets_ptr,
+    lengths_ptr,
+    sum_sq_ptr,
+    next_sq_ptr,
+    N,
+    stride_row,
+    stride_s,
+    TABLE: tl.constexpr,
+    WIDE: tl.constexpr,
+    R0: tl.constexpr,
+    R1: tl.constexpr,
+    R2: tl.constexpr,
+    R3: tl.constexpr,
+    C: tl.constexpr,
+):
+    row_ptr, n = locate(m_ptr, offsets_ptr, lengths_ptr, stride_row, N, TABLE, WIDE)
+    s = tl.load(s_ptr + tl.program_id(0) * stride_s)
+    shrink = tl.load(shrink_ptr)
+    sum_sq, next_sq, sound = prox_packed(row_ptr, row_ptr, s, shrink, n, False, R0, R1, R2, R3, C)
     store_results(sum_sq_ptr, next_sq_ptr, sum_sq, next_sq, sound)
 
 
@@ -110,7 +138,7 @@ def chunked(
     store_results(sum_sq_ptr, next_sq_ptr, sum_sq, next_sq, sound)
 
 
-KERNELS = {"pieces": pieces, "all_pairs": all_pairs, "chunked": chunked}
+KERNELS = {"all_pairs": all_pairs, "pieces": pieces, "packed": packed, "chunked": chunked}
 
 
 def least_s_prox(

@@ -1,10 +1,10 @@
 """The least-s prox of one row by one Triton program, for the kernels that launch rows.
 
 The search is an exact bisection on the bits of |m|: integers only, so no two lanes can disagree,
-and at most 31 counting passes whatever the data. A row of up to 53,248 entries stays in registers
+and at most 31 counting passes whatever the data. A row of up to 18,432 entries stays in registers
 as three [R, C] pieces, R a power of two and C four entries per thread: a pass is then a
-thread-local sum and one reduction across warps. Longer rows are read again in every pass, three
-thresholds at a time; rows of up to 128 rank all pairs.
+thread-local sum and one reduction across warps. Rows of up to 128 rank all pairs; for longer ones
+see least_s_long.py.
 
 Legend: key = |m| as its bits, shifted left, with the sign in bit 0, so that comparisons see |m|
 and the entry is not lost - k entries to shrink - T the k-th smallest key - cut, the index before
@@ -20,9 +20,8 @@ import triton.language as tl
 
 ALL_PAIRS_LIMIT = 128
 # (longest row, warps, R0, R1, R2): (R0 + R1 + R2) * 128 * warps entries, four per thread and row of
-# the pieces. A thread has 255 registers with 8 warps, 128 with 16 and 64 with 32: more than 9
-# rows with 16 warps spill. Widths of known models fill theirs: 14336, 18432, 28672, 53248.
-TILES = (
+# the pieces. A thread has 255 registers with 8 warps, 128 with 16 and 64 with 32.
+PIECES = (
     (1536, 4, 1, 1, 1),
     (3072, 8, 1, 1, 1),
     (6144, 8, 4, 1, 1),
@@ -30,13 +29,21 @@ TILES = (
     (11264, 8, 8, 2, 1),
     (14336, 16, 4, 2, 1),
     (18432, 16, 4, 4, 1),
-    (24576, 32, 4, 1, 1),
-    (28672, 32, 4, 2, 1),
-    (36864, 32, 4, 4, 1),
-    (45056, 32, 8, 2, 1),
-    (53248, 32, 8, 4, 1),
 )
-CHUNK, CHUNK_WARPS = 8192, 16
+# (longest row, warps, R0, R1, R2, R3): the row as pairs of digits, in half the registers. For
+# 28,672 entries a pass takes 72 instructions (sm_80) where whole keys take 103: over 20 passes
+# about what the two more readings cost. Ties take no passes at all. Widths of known models fill
+# their tile: 14336, 18432, 28672, 53248.
+PACKED = (
+    (24576, 32, 2, 2, 1, 1),
+    (28672, 32, 4, 1, 1, 1),
+    (36864, 32, 4, 2, 2, 1),
+    (45056, 32, 4, 4, 2, 1),
+    (53248, 32, 4, 4, 4, 1),
+)
+CHUNK, CHUNK_WARPS = 4096, 16
+# The longest row of every tile but the chunked one.
+LONGEST = (ALL_PAIRS_LIMIT, *(tile[0] for tile in PIECES + PACKED))
 
 
 class Tile(NamedTuple):
@@ -52,9 +59,11 @@ def tile_for(N: int) -> Tile:
     if N <= ALL_PAIRS_LIMIT:
         block = max(16, triton.next_power_of_2(N))
         return Tile("all_pairs", 4 if block == 128 else 1, {"BLOCK": block})
-    for longest, warps, R0, R1, R2 in TILES:
-        if N <= longest:
-            return Tile("pieces", warps, {"R0": R0, "R1": R1, "R2": R2, "C": 128 * warps})
+    for kernel, tiles in (("pieces", PIECES), ("packed", PACKED)):
+        for longest, warps, *rows in tiles:
+            if N <= longest:
+                sizes = {f"R{i}": R for i, R in enumerate(rows)}
+                return Tile(kernel, warps, sizes | {"C": 128 * warps})
     return Tile("chunked", CHUNK_WARPS, {"BLOCK": CHUNK})
 
 
@@ -92,16 +101,30 @@ def into_unit(x, CLAMP: tl.constexpr):
 
 
 @triton.jit
-def load_keys(row_ptr, saved_ptr, offs, N, CLAMP: tl.constexpr, SAVE: tl.constexpr):
-    x = tl.load(row_ptr + offs, mask=offs < N, other=0.0)
-    if SAVE:
-        tl.store(saved_ptr + offs, x, mask=offs < N)
-    return tl.where(offs < N, key_of(into_unit(x, CLAMP)), 0xFFFFFFFF)
+def places(first, N, R: tl.constexpr, C: tl.constexpr):
+    """(columns, steps, inside) of a piece from row `first` on: its entries are at columns + steps.
+
+    Steps are constants of a register: added last, to a pointer, they are immediates of the loads
+    and stores. As one sum they would take two registers of address for each row of the piece.
+    """
+    columns = tl.arange(0, C)[None, :]
+    steps = (first + tl.arange(0, R)[:, None]) * C
+    return columns, steps, columns + steps < N
 
 
 @triton.jit
-def largest(key, offs, N):
-    return tl.max(tl.max(tl.where(offs < N, key >> 1, 0), axis=0), axis=0).to(tl.int32)
+def load_keys(row_ptr, saved_ptr, first, N, CLAMP: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    columns, steps, inside = places(first, N, R, C)
+    x = tl.load(row_ptr + columns + steps, mask=inside, other=0.0)
+    if CLAMP:
+        tl.store(saved_ptr + columns + steps, x, mask=inside)
+    return tl.where(inside, key_of(into_unit(x, CLAMP)), 0xFFFFFFFF)
+
+
+@triton.jit
+def largest(key, first, N, R: tl.constexpr, C: tl.constexpr):
+    _, _, inside = places(first, N, R, C)
+    return tl.max(tl.max(tl.where(inside, key >> 1, 0), axis=0), axis=0).to(tl.int32)
 
 
 @triton.jit
@@ -140,31 +163,17 @@ def count(key0, key1, key2, magnitude):
 
 
 @triton.jit
-def search(key0, key1, key2, lo, hi, k, N, hint):
-    """(T, count(key <= T)): T = hi with count(key <= hi) = k, or the k-th key if it is tied.
-
-    A hint >= 0 is tried first and galloped from until both sides are known.
-    """
+def search(key0, key1, key2, lo, hi, k, N):
+    """(T, count(key <= T)): T = hi with count(key <= hi) = k, or the k-th key if it is tied."""
     n_hi = N
-    sides = tl.where(hint < 0, 3, 0)
-    mid = tl.where(hint < 0, lo + ((hi - lo) >> 1), tl.minimum(tl.maximum(hint, lo), hi - 1))
-    step = 1 << 12
-    go = (lo < hi) & (k > 0) & (k < N)
-    while go:
+    while (lo < hi) & (n_hi != k) & (k > 0):
+        mid = lo + ((hi - lo) >> 1)
         c = count(key0, key1, key2, mid)
         if c >= k:
             hi = mid
             n_hi = c
-            sides = sides | 1
-            probe = mid - step
         else:
             lo = mid + 1
-            sides = sides | 2
-            probe = mid + step
-        go = (lo < hi) & (n_hi != k)
-        probe = tl.minimum(tl.maximum(probe, lo), hi - 1)
-        mid = tl.where(sides == 3, lo + ((hi - lo) >> 1), probe)
-        step = tl.minimum(step << 3, 1 << 27)
     return hi, n_hi
 
 
@@ -203,11 +212,13 @@ def tie_cut(
 
 
 @triton.jit
-def shrink_piece(row_ptr, key, offs, chosen, shrink, N):
+def shrink_piece(row_ptr, key, first, T, cut, shrink, N, R: tl.constexpr, C: tl.constexpr):
     """Stores the piece after the step; (squares of the chosen, keys of the others)."""
+    columns, steps, inside = places(first, N, R, C)
+    chosen = key < bound_before(T, cut, first, R, C)
     x = value_of(key)
     y = x * shrink
-    tl.store(row_ptr + offs, tl.where(chosen, y, x), mask=offs < N)
+    tl.store(row_ptr + columns + steps, tl.where(chosen, y, x), mask=inside)
     left = tl.where(chosen, 0xFFFFFFFF, key)
     return tl.sum(tl.where(chosen, y * y, 0.0), axis=0), tl.min(left, axis=0)
 
@@ -225,7 +236,6 @@ def prox_pieces(
     saved_ptr,
     s,
     shrink,
-    hint,
     N,
     CLAMP: tl.constexpr,
     R0: tl.constexpr,
@@ -237,30 +247,23 @@ def prox_pieces(
 
     With CLAMP the row is clamped to [0, 1] first, and saved as it came at saved_ptr.
     """
-    offs_c = tl.arange(0, C)[None, :]
-    offs0 = tl.arange(0, R0)[:, None] * C + offs_c
-    offs1 = (R0 + tl.arange(0, R1)[:, None]) * C + offs_c
-    offs2 = (R0 + R1 + tl.arange(0, R2)[:, None]) * C + offs_c
-    key0 = load_keys(row_ptr, saved_ptr, offs0, N, CLAMP, CLAMP)
-    key1 = load_keys(row_ptr, saved_ptr, offs1, N, CLAMP, CLAMP)
-    key2 = load_keys(row_ptr, saved_ptr, offs2, N, CLAMP, CLAMP)
+    key0 = load_keys(row_ptr, saved_ptr, 0, N, CLAMP, R0, C)
+    key1 = load_keys(row_ptr, saved_ptr, R0, N, CLAMP, R1, C)
+    key2 = load_keys(row_ptr, saved_ptr, R0 + R1, N, CLAMP, R2, C)
 
     k, sound = count_in_row(s, shrink, N)
-    top = tl.maximum(largest(key0, offs0, N), largest(key1, offs1, N))
-    top = tl.maximum(top, largest(key2, offs2, N))
+    top = tl.maximum(largest(key0, 0, N, R0, C), largest(key1, R0, N, R1, C))
+    top = tl.maximum(top, largest(key2, R0 + R1, N, R2, C))
     bottom = tl.minimum(tl.minimum(smallest(key0), smallest(key1)), smallest(key2))
     sound = sound & (top <= 0x7F800000)
     k = tl.where(sound, k, 0)
-    T, n_hi = search(key0, key1, key2, (bottom >> 1).to(tl.int32), top, k, N, hint)
+    T, n_hi = search(key0, key1, key2, (bottom >> 1).to(tl.int32), top, k, N)
     cut = tie_cut(key0, key1, key2, T, n_hi, k, N, R0, R1, R2, C)
     T = tl.where(k > 0, T, 0)
 
-    chosen0 = key0 < bound_before(T, cut, 0, R0, C)
-    chosen1 = key1 < bound_before(T, cut, R0, R1, C)
-    chosen2 = key2 < bound_before(T, cut, R0 + R1, R2, C)
-    sum0, left0 = shrink_piece(row_ptr, key0, offs0, chosen0, shrink, N)
-    sum1, left1 = shrink_piece(row_ptr, key1, offs1, chosen1, shrink, N)
-    sum2, left2 = shrink_piece(row_ptr, key2, offs2, chosen2, shrink, N)
+    sum0, left0 = shrink_piece(row_ptr, key0, 0, T, cut, shrink, N, R0, C)
+    sum1, left1 = shrink_piece(row_ptr, key1, R0, T, cut, shrink, N, R1, C)
+    sum2, left2 = shrink_piece(row_ptr, key2, R0 + R1, T, cut, shrink, N, R2, C)
     left = (tl.min(tl.minimum(tl.minimum(left0, left1), left2), axis=0) >> 1).to(tl.int32)
     return tl.sum(sum0 + sum1 + sum2, axis=0), next_square(left, top, shrink, k, N), sound
 
@@ -294,85 +297,3 @@ def prox_all_pairs(row_ptr, saved_ptr, s, shrink, N, CLAMP: tl.constexpr, BLOCK:
     tl.store(row_ptr + i, tl.where(chosen, y, x), mask=i < N)
     sum_sq = tl.sum(tl.where(chosen, y * y, 0.0), axis=0)
     return sum_sq, next_square(left, top, shrink, k, N), sound
-
-
-@triton.jit
-def prox_chunked(row_ptr, saved_ptr, s, shrink, N, CLAMP: tl.constexpr, BLOCK: tl.constexpr):
-    """One long row, read again in each pass -> (sum_sq, next_sq, whether all was a number)."""
-    offs = tl.arange(0, BLOCK)
-    high = tl.zeros([BLOCK], tl.int32)
-    low = tl.full([BLOCK], 0x7FFFFFFF, tl.int32)
-    start = 0
-    while start < N:
-        key = load_keys(row_ptr, saved_ptr, start + offs, N, CLAMP, CLAMP)
-        magnitude = (key >> 1).to(tl.int32)
-        low = tl.minimum(low, magnitude)
-        high = tl.maximum(high, tl.where(start + offs < N, magnitude, 0))
-        start += BLOCK
-    top = tl.max(high, axis=0)
-    lo = tl.min(low, axis=0)
-    hi = top
-    k, sound = count_in_row(s, shrink, N)
-    sound = sound & (top <= 0x7F800000)
-    k = tl.where(sound, k, 0)
-
-    n_hi = N
-    below = 0
-    while (lo < hi) & (n_hi != k) & (k > 0):
-        quarter = (hi - lo) >> 2
-        mid1 = lo + quarter
-        mid2 = lo + ((hi - lo) >> 1)
-        mid3 = tl.minimum(mid2 + quarter, hi - 1)
-        n1 = tl.zeros([BLOCK], tl.int32)
-        n2 = tl.zeros([BLOCK], tl.int32)
-        n3 = tl.zeros([BLOCK], tl.int32)
-        start = 0
-        while start < N:
-            magnitude = (load_keys(row_ptr, saved_ptr, start + offs, N, CLAMP, False) >> 1).to(
-                tl.int32
-            )
-            n1 += (magnitude <= mid1).to(tl.int32)
-            n2 += (magnitude <= mid2).to(tl.int32)
-            n3 += (magnitude <= mid3).to(tl.int32)
-            start += BLOCK
-        c1 = tl.sum(n1, axis=0)
-        c2 = tl.sum(n2, axis=0)
-        c3 = tl.sum(n3, axis=0)
-        if c1 >= k:
-            hi = mid1
-            n_hi = c1
-        elif c2 >= k:
-            lo = mid1 + 1
-            below = c1
-            hi = mid2
-            n_hi = c2
-        elif c3 >= k:
-            lo = mid2 + 1
-            below = c2
-            hi = mid3
-            n_hi = c3
-        else:
-            lo = mid3 + 1
-            below = c3
-
-    squares = tl.zeros([BLOCK], tl.float32)
-    low = tl.full([BLOCK], 0x7FFFFFFF, tl.int32)
-    # Of the keys equal to hi, in order of index, the first `ties` are taken.
-    ties = tl.where(n_hi == k, N, k - below)
-    start = 0
-    while start < N:
-        inside = start + offs < N
-        key = load_keys(row_ptr, saved_ptr, start + offs, N, CLAMP, False)
-        magnitude = (key >> 1).to(tl.int32)
-        tied = ((magnitude == hi) & inside).to(tl.int32)
-        chosen = (magnitude < hi) | ((tied > 0) & (tl.cumsum(tied, axis=0) <= ties))
-        chosen = chosen & (k > 0) & inside
-        ties -= tl.sum(tied, axis=0)
-        x = value_of(key)
-        y = x * shrink
-        squares += tl.where(chosen, y * y, 0.0)
-        low = tl.minimum(low, tl.where(chosen | (start + offs >= N), 0x7FFFFFFF, magnitude))
-        tl.store(row_ptr + start + offs, tl.where(chosen, y, x), mask=inside)
-        start += BLOCK
-    left = tl.min(low, axis=0)
-    return tl.sum(squares, axis=0), next_square(left, top, shrink, k, N), sound

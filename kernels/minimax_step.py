@@ -16,12 +16,11 @@ import triton
 import triton.language as tl
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from maskprune.kernels.least_s_long import prox_chunked, prox_packed
 from maskprune.kernels.least_s_rows import (
     ALL_PAIRS_LIMIT,
-    TILES,
     Tile,
     prox_all_pairs,
-    prox_chunked,
     prox_pieces,
     tile_for,
 )
@@ -100,6 +99,17 @@ def nearest_split(table_ptr, splits, r_head, r_ffn, D_head, D_ffn, a_head, a_ffn
 
 
 @triton.jit
+def rates_now(state_ptr, T, eta1, log_eta1_ratio, interval):
+    """(shrink, steps between two of the FFN rows, whether this is one), of the state as it is."""
+    step = tl.load(state_ptr + STEP)
+    progress = tl.div_rn(step, T)
+    eta = eta1 * tl.exp(log_eta1_ratio * progress)
+    shrink = tl.div_rn(1.0, 1.0 + 2.0 * eta * tl.load(state_ptr + Y))
+    k = tl.maximum(round_half_even(interval + (1.0 - interval) * progress), 1.0)
+    return shrink, k, step - k * tl.floor(tl.div_rn(step, k)) == 0
+
+
+@triton.jit
 def step_scalars(
     state_ptr,
     table_ptr,
@@ -107,8 +117,6 @@ def step_scalars(
     next_head,
     sum_ffn,
     next_ffn,
-    shrink,
-    interval_now,
     R_head,
     D_head,
     D_ffn,
@@ -117,13 +125,19 @@ def step_scalars(
     a_ffn,
     R_star,
     T,
+    eta1,
+    log_eta1_ratio,
     eta2,
     eta3,
     eta4,
     reach,
+    interval,
     lock_gap,
     SCHEDULED: tl.constexpr,
 ):
+    shrink, k, _ = rates_now(state_ptr, T, eta1, log_eta1_ratio, interval)
+    tl.store(state_ptr + INTERVAL, k)
+    tl.store(state_ptr + SHRINK, shrink)
     step = tl.load(state_ptr + STEP)
     y = tl.load(state_ptr + Y)
     z = tl.load(state_ptr + Z)
@@ -191,8 +205,6 @@ def step_scalars(
     tl.store(state_ptr + S_NORM, S)
     tl.store(state_ptr + NEXT_HEAD, next_head)
     tl.store(state_ptr + NEXT_FFN, next_ffn)
-    tl.store(state_ptr + INTERVAL, interval_now)
-    tl.store(state_ptr + SHRINK, shrink)
     tl.store(state_ptr + STEP, step + 1.0)
 
 
@@ -225,36 +237,35 @@ def step_rows_then_scalars(
     interval,
     lock_gap,
     SCHEDULED: tl.constexpr,
-    CHUNKED: tl.constexpr,
+    KERNEL: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
     R0: tl.constexpr,
     R1: tl.constexpr,
     R2: tl.constexpr,
+    R3: tl.constexpr,
     C: tl.constexpr,
 ):
     pid = tl.program_id(0)
     if tl.load(state_ptr + FAILED) == 0:
-        step = tl.load(state_ptr + STEP)
-        progress = tl.div_rn(step, T)
-        eta = eta1 * tl.exp(log_eta1_ratio * progress)
-        shrink = tl.div_rn(1.0, 1.0 + 2.0 * eta * tl.load(state_ptr + Y))
-        k = tl.maximum(round_half_even(interval + (1.0 - interval) * progress), 1.0)
-        due = step - k * tl.floor(tl.div_rn(step, k)) == 0
-
+        shrink, _, due = rates_now(state_ptr, T, eta1, log_eta1_ratio, interval)
         if pid < R_ffn:
             row = pid.to(tl.int64) * D_ffn
             s = tl.load(state_ptr + S_FFN)
             factor = tl.where(due, shrink, 1.0)
             m_ptr = ffn_ptr + row
             saved_ptr = saved_ffn_ptr + row
-            if CHUNKED:
-                sum_sq, next_sq, sound = prox_chunked(
-                    m_ptr, saved_ptr, s, factor, D_ffn, True, BLOCK
+            if KERNEL == "pieces":
+                sum_sq, next_sq, sound = prox_pieces(
+                    m_ptr, saved_ptr, s, factor, D_ffn, True, R0, R1, R2, C
+                )
+            elif KERNEL == "packed":
+                sum_sq, next_sq, sound = prox_packed(
+                    m_ptr, saved_ptr, s, factor, D_ffn, True, R0, R1, R2, R3, C
                 )
             else:
-                sum_sq, next_sq, sound = prox_pieces(
-                    m_ptr, saved_ptr, s, factor, -1, D_ffn, True, R0, R1, R2, C
+                sum_sq, next_sq, sound = prox_chunked(
+                    m_ptr, saved_ptr, s, factor, D_ffn, True, BLOCK
                 )
         else:
             row = (pid - R_ffn).to(tl.int64) * D_head
@@ -278,8 +289,6 @@ def step_rows_then_scalars(
                     mean_of(next_sq_ptr + R_ffn, R_head),
                     sum_ffn,
                     mean_of(next_sq_ptr, R_ffn),
-                    shrink,
-                    k,
                     R_head,
                     D_head,
                     D_ffn,
@@ -288,10 +297,13 @@ def step_rows_then_scalars(
                     a_ffn,
                     R_star,
                     T,
+                    eta1,
+                    log_eta1_ratio,
                     eta2,
                     eta3,
                     eta4,
                     reach,
+                    interval,
                     lock_gap,
                     SCHEDULED,
                 )
@@ -323,15 +335,15 @@ def ffn_tile(D_ffn: int) -> Tile:
     return tile_for(max(D_ffn, ALL_PAIRS_LIMIT + 1))
 
 
-def constants(D_head: int, D_ffn: int, scheduled: bool) -> dict[str, int | bool]:
+def constants(D_head: int, D_ffn: int, scheduled: bool) -> dict[str, int | bool | str]:
     """The constexpr arguments of a launch."""
     tile = ffn_tile(D_ffn)
-    sizes = {"BLOCK": 0, "R0": 1, "R1": 1, "R2": 1, "C": TILES[0][1] * 128} | tile.sizes
     return {
         "SCHEDULED": scheduled,
-        "CHUNKED": tile.kernel == "chunked",
+        "KERNEL": tile.kernel,
         "HEAD_BLOCK": max(16, triton.next_power_of_2(max(D_head, 1))),
-        **sizes,
+        **dict.fromkeys(("BLOCK", "R0", "R1", "R2", "R3", "C"), 0),
+        **tile.sizes,
     }
 
 

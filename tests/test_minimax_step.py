@@ -134,7 +134,9 @@ def test_takes_the_reference_step(step, at, scheduled):
     assert_same_step(step, head, ffn, state_of(**STATES[at]), legal_splits(c), c)
 
 
-@pytest.mark.parametrize("ffn", [(1, 1), (2, 63), (2, 1536), (2, 11008)])
+@pytest.mark.parametrize(
+    "ffn", [(1, 1), (2, 63), (2, 1536), (2, 11008), (1, 18433), (1, 53248), (1, 53249)]
+)
 def test_widths(step, ffn):
     c = rates()
     head, ffn = masks_of(seed=4, heads=(2, 3), ffn=ffn)

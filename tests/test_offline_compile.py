@@ -21,43 +21,18 @@ PROX_TYPES = {
     "stride_s": "i32",
 }
 PROX_TABLE = {"offsets_ptr": "*i64", "lengths_ptr": "*i32"}
-# So wide a row leaves a thread few registers beside its own entries: what it spills, it spills
-# before and after the search; above 36,864 units, Triton 3.6 in the search as well, 3.9 hardly.
-# (warps, rows): (instructions in all, inside loops). Rows of 0 are those of the chunked kernel.
-PROX_SPILLS = {
-    (16, 0): (2, 0),
-    (16, 9): (8, 0),
-    (32, 6): (40, 0),
-    (32, 7): (40, 0),
-    (32, 9): (120, 0),
-    (32, 11): (180, 30),
-    (32, 13): (350, 42),
-}
-# The whole step holds its scalars and pointers too; from 36,864 units some of a row stays outside
-# the registers in the search as well.
-MINIMAX_SPILLS = {
-    (8, 3): (12, 0),
-    (8, 6): (12, 0),
-    (8, 8): (12, 0),
-    (8, 11): (12, 0),
-    (16, 0): (30, 4),
-    (16, 9): (16, 0),
-    (32, 6): (64, 0),
-    (32, 7): (72, 0),
-    (32, 9): (200, 12),
-    (32, 11): (300, 40),
-    (32, 13): (500, 56),
-}
+
+# By warps: what the compiler leaves outside loops where it aims at several programs on one SM, for
+# wide heads and for scalars. Nothing else spills, and no loop.
+MINIMAX_SPILLS = {4: 2, 8: 8}
 
 
 def prox_cases() -> list[Case]:
-    from maskprune.kernels.least_s_rows import ALL_PAIRS_LIMIT, TILES, tile_for
+    from maskprune.kernels.least_s_rows import LONGEST, tile_for
 
-    lengths = [1, 17, 33, ALL_PAIRS_LIMIT, *(tile[0] for tile in TILES), TILES[-1][0] + 1]
+    lengths = [1, 17, 33, *LONGEST, LONGEST[-1] + 1]
     cases = []
     for tile in map(tile_for, lengths):
-        rows = sum(tile.sizes.get(R, 0) for R in ("R0", "R1", "R2"))
-        spills, loop_spills = PROX_SPILLS.get((tile.warps, rows), (0, 0))
         for table in (False, True):
             cases.append(
                 Case(
@@ -67,8 +42,6 @@ def prox_cases() -> list[Case]:
                     constants={"TABLE": table, "WIDE": table, **tile.sizes}
                     | ({} if table else dict.fromkeys(PROX_TABLE)),
                     warps=tile.warps,
-                    spills=spills,
-                    loop_spills=loop_spills,
                     divisible=("m_ptr", "N", "stride_row"),
                     wide=tile.kernel != "all_pairs",
                 )
@@ -77,20 +50,18 @@ def prox_cases() -> list[Case]:
 
 
 def minimax_cases() -> list[Case]:
-    from maskprune.kernels.least_s_rows import TILES
+    from maskprune.kernels.least_s_rows import LONGEST
     from maskprune.kernels.minimax_step import RATE_NAMES, constants, ffn_tile
 
     pointers = "head ffn state table saved_head saved_ffn sum_sq next_sq counter".split()
     types = {f"{name}_ptr": "*fp32" for name in pointers} | {"counter_ptr": "*i32"}
     types |= dict.fromkeys(("R_head", "D_head", "R_ffn", "D_ffn", "splits"), "i32")
     types |= dict.fromkeys(RATE_NAMES, "fp32")
-    widths = [(128, tile[0]) for tile in TILES] + [(128, TILES[-1][0] + 1)]
-    widths += [(D_head, TILES[0][0]) for D_head in (1, 32, 64)]
+    widths = [(128, D_ffn) for D_ffn in (*LONGEST[1:], LONGEST[-1] + 1)]
+    widths += [(D_head, LONGEST[1]) for D_head in (1, 32, 64)]
     cases = []
     for D_head, D_ffn in widths:
         tile = ffn_tile(D_ffn)
-        rows = sum(tile.sizes.get(R, 0) for R in ("R0", "R1", "R2"))
-        spills, loop_spills = MINIMAX_SPILLS.get((tile.warps, rows), (0, 0))
         cases.append(
             Case(
                 module="minimax_step",
@@ -98,8 +69,7 @@ def minimax_cases() -> list[Case]:
                 types=types,
                 constants=constants(D_head, D_ffn, scheduled=False),
                 warps=tile.warps,
-                spills=spills,
-                loop_spills=loop_spills,
+                spills=MINIMAX_SPILLS.get(tile.warps, 0),
                 divisible=(*(f"{name}_ptr" for name in pointers), "D_ffn"),
             )
         )
