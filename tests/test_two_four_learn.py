@@ -119,7 +119,7 @@ def test_runs_repeat_to_the_bit_and_go_on_to_the_bit(tmp_path):
     (tmp_path / "again" / "checkpoint-24").mkdir()
     resumed = run(tmp_path / "again", resume=True, save_steps=12)
     assert all(torch.equal(whole.masks[n], resumed.masks[n]) for n in whole.masks)
-    keys = ("step", "loss", "max_prob", "kappa", "tau", "lr")
+    keys = ("step", "loss", "max_prob", "changed", "kappa", "tau", "lr")
 
     def rows(result):
         return [{k: row[k] for k in keys} for row in result.trace]

@@ -156,6 +156,8 @@ class SparsifyTrainer(BlockTrainer):
         found = load_file(Path(resume_from_checkpoint) / LOGITS_FILE)
         for name, parameter in self.masks.named_parameters().items():
             parameter.data.copy_(found[name])
+        # What the next row's `changed` counts from.
+        self.masks.statistics()
 
 
 def sparsify(
