@@ -196,7 +196,6 @@ class SparsifyConfig:
         None, "Of the logits; falls to a tenth by a cosine. 1 / steps, at most 5e-3."
     )
     weight_decay: float = _setting(0.1, "AdamW's, of the logits.")
-    max_grad_norm: float = _setting(1.0, "Clip of the logits' gradient; 0: none.")
     kappa_start: float = _setting(100.0, "Scale of the logits in the softmax at the first step.")
     kappa_end: float = _setting(500.0, "The same at the last step; linear between.")
     tau_start: float = _setting(2.0, "Temperature of the softmax at the first step (the paper: 4).")
@@ -256,7 +255,6 @@ class SparsifyConfig:
             logging_steps=1,
             prior_strength=0,
             weight_decay=0,
-            max_grad_norm=0,
             regulariser_weight=0,
         )
         _require_positive(

@@ -41,7 +41,6 @@ from maskprune.trainer import (
 LOGITS_FILE = "logits.safetensors"
 # From 1.5 times the noise a step on (kappa 100), the samples of a short run broke the model.
 MAX_RATE = 5e-3
-# The relative norm is one number for all logits: at 1500 its gradient is an eighth of the loss's.
 REGULARISER_WEIGHTS = {"relative": 1500.0, "sum": 1e-5}
 
 
@@ -111,8 +110,10 @@ class SparsifyTrainer(BlockTrainer):
 
         ids = inputs["input_ids"]
         if config.loss == "kl":
+            training = model.training
             with torch.no_grad(), self.masks.seen_as("off"):
-                teacher = model(input_ids=ids, use_cache=False).logits
+                teacher = model.eval()(input_ids=ids, use_cache=False).logits
+            model.train(training)
             fit = token_kl(model(input_ids=ids, use_cache=False).logits, teacher)
         else:
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,7 @@ from maskprune.config import SparsifyConfig
 from maskprune.data import token_blocks
 from maskprune.families import family_of
 from maskprune.files import new_folder, require_new_folder, write_json
+from maskprune.load import load_model
 from maskprune.runs import (
     claim_run_folder,
     load_to_train,
@@ -48,6 +50,11 @@ def run_sparsify(
     Raises:
         ValueError: anything that cannot work, before anything is written.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}; sparsify runs as one process on one "
+            "device; start it without torchrun"
+        )
     family_of(read_config(name))
     if masks is not None:
         return _apply(name, out, masks, settings, overwrite, max_shard_size)
@@ -89,7 +96,7 @@ def _apply(
     """Masks from a file onto MODEL: what somebody else learned, on one's own copy."""
     require_new_folder(out, overwrite)
     masks, metadata = load_masks(file)
-    model, tokenizer = load_to_train(name, settings.dtype, settings.device)
+    model, tokenizer = load_model(name, dtype=settings.dtype, device=settings.device)
     apply_masks(model, masks)
     record = _record(name, settings, None) | {"masks": file, "settings": None}
     record["method"] = metadata.get("method")
