@@ -53,8 +53,10 @@ bench: $(VENV)/tested
 	$(BIN)/python benchmarks/latency.py --profile --model wide-1024,smollm2-135m --sparsity 0.5 \
 		--length 128 --rounds 40 --rows $(R)/latency.jsonl --overwrite
 	$(BIN)/python benchmarks/quality_cpu.py --rows $(R)/quality.jsonl --overwrite
-	$(BIN)/python benchmarks/quality_two_four.py --start --rows $(R)/two_four_start.jsonl --overwrite
+	$(BIN)/python benchmarks/quality_two_four.py --start --calibration-blocks 32 --rows $(R)/two_four_start.jsonl --overwrite
 	$(BIN)/python benchmarks/quality_two_four.py --rows $(R)/quality_two_four.jsonl --overwrite
+	$(BIN)/python benchmarks/quality_two_four.py --arms sparsegpt-updated --calibration-blocks 264 \
+		--rows $(R)/quality_two_four.jsonl --overwrite
 
 # On a CUDA machine, also without network: everything that travels with the checkout. Repeat the
 # command until it says that all is done; each call stops in time for a ten-minute limit.

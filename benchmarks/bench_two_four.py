@@ -63,10 +63,10 @@ def rows(device: str, seed: int, rounds: int) -> list[dict[str, Any]]:
     generator = torch.Generator(device).manual_seed(seed)
     copy, found = copy_bandwidth(device), []
     cases = [(shape, dtype) for shape in SHAPES[device.partition(":")[0]] for dtype in DTYPES]
-    for (O, I), dtype in cases:  # noqa: E741
-        W = torch.randn(O, I, generator=generator, device=device).to(dtype)
-        dmasked = torch.randn(O, I, generator=generator, device=device).to(dtype)
-        logits = 0.01 * torch.randn(6, O, I // 4, generator=generator, device=device)
+    for (outputs, inputs), dtype in cases:
+        W = torch.randn(outputs, inputs, generator=generator, device=device).to(dtype)
+        dmasked = torch.randn(outputs, inputs, generator=generator, device=device).to(dtype)
+        logits = 0.01 * torch.randn(6, outputs, inputs // 4, generator=generator, device=device)
         grads = (dmasked, torch.full((), 1e-3, device=device))
         scalars = [torch.tensor(v, device=device) for v in (seed, KAPPA, TAU)]
         planar = logits.clone().requires_grad_()
@@ -123,7 +123,7 @@ def rows(device: str, seed: int, rounds: int) -> list[dict[str, Any]]:
                         error = ((got.double() - want).abs().max() / want.abs().max()).item()
                         assert error <= TOLERANCE[dtype], f"error {error:.3g}"
 
-            sizes = {"direction": direction, "dtype": str(dtype)[6:], "O": O, "I": I}
+            sizes = {"direction": direction, "dtype": str(dtype)[6:], "O": outputs, "I": inputs}
             timed = measure(
                 "gumbel_two_four",
                 providers,
@@ -138,7 +138,11 @@ def rows(device: str, seed: int, rounds: int) -> list[dict[str, Any]]:
             )
             found += [
                 row
-                | {"size": f"{O}x{I}", "copy_gb_s": copy, "of_copy": round(row["gb_s"] / copy, 3)}
+                | {
+                    "size": f"{outputs}x{inputs}",
+                    "copy_gb_s": copy,
+                    "of_copy": round(row["gb_s"] / copy, 3),
+                }
                 for row in timed
             ]
         torch._dynamo.reset()

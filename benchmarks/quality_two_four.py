@@ -60,7 +60,8 @@ def settings(args: Any, arm: str, seed: int) -> SparsifyConfig:
         "save_steps": 10_000,
         "logging_steps": 20,
     }
-    return SparsifyConfig(**(chosen | ARMS[arm] | dict(args.set)))
+    learned = {} if "method" in ARMS[arm] else dict(args.set)
+    return SparsifyConfig(**(chosen | ARMS[arm] | learned))
 
 
 def one_run(args: Any, arm: str, seed: int) -> dict[str, Any]:
@@ -132,12 +133,12 @@ def first_samples(args: Any) -> list[dict[str, Any]]:
 
 def main() -> int:
     parser = Parser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--draws", type=int, default=2, help="samples of the masks per step")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--draws", type=int, default=1, help="samples of the masks per step")
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--calibration-blocks", type=int, default=64)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS)[:5])
     parser.add_argument("--text", help="another text for perplexity, such as WikiText-2's")
     parser.add_argument("--window", type=int, default=512)
@@ -153,9 +154,9 @@ def main() -> int:
     parser.add_argument("--start", action="store_true", help="only the loss of first samples")
     parser.add_argument("--quiet", action="store_true")
     args = parser.parse_args()
-    known = {field.name for field in fields(SparsifyConfig)}
+    known = {field.name for field in fields(SparsifyConfig)} - vars(args).keys()
     if unknown := sorted({name for name, _ in args.set} - known):
-        parser.error(f"--set {', '.join(unknown)}: no such setting of SparsifyConfig")
+        parser.error(f"--set {', '.join(unknown)}: no such setting, or one with a flag of its own")
     fix_threads(args.threads)
     common = environment("cpu", 0)
 

@@ -30,7 +30,7 @@ class Progress:
         self.bar: Any = None
         if not quiet and sys.stderr.isatty():
             self.bar = tqdm(
-                total=total_steps, initial=done, desc="prune", unit=unit, dynamic_ncols=True
+                total=total_steps, initial=done, desc="maskprune", unit=unit, dynamic_ncols=True
             )
 
     def advance(self) -> None:
@@ -44,7 +44,8 @@ class Progress:
             self.bar.set_postfix_str(text)
         elif not self.quiet:
             per_step = (time.monotonic() - self.started) / max(1, done - self.first)
-            left = time.strftime("%H:%M:%S", time.gmtime((self.total - done) * per_step))
+            seconds = int((self.total - done) * per_step)
+            left = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
             line = " ".join(
                 filter(None, (f"{self.unit} {done}/{self.total}", text, f"left {left}"))
             )

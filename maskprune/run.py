@@ -20,6 +20,7 @@ from maskprune.runs import (
     machine,
     open_run_folder,
     read_config,
+    run_inputs,
     save_proven,
     training_text,
     versions,
@@ -61,7 +62,8 @@ def run_prune(
     made = plan(config, budget, settings.targets)
     if dry_run:
         return render(made)
-    run = claim_run_folder(out, settings, resume=resume, overwrite=overwrite)
+    inputs = run_inputs(name, data, settings)
+    run = claim_run_folder(out, inputs, resume=resume, overwrite=overwrite)
     source = training_text(name, data)
     model, tokenizer = load_to_train(name, settings.dtype, settings.device)
     blocks = token_blocks(
@@ -71,8 +73,8 @@ def run_prune(
     from maskprune.training import prune
 
     dense_generation = model.generation_config
-    open_run_folder(run, settings)
-    result = prune(model, tokenizer, blocks, settings, run_dir=run, resume=resume)
+    with open_run_folder(run, inputs):
+        result = prune(model, tokenizer, blocks, settings, run_dir=run, resume=resume)
     result.model.generation_config = dense_generation
     result.masks.source = str(name)
 

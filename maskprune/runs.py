@@ -6,6 +6,7 @@ import contextlib
 import json
 import platform
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +21,7 @@ from maskprune.load import load_model, resolve_model
 
 PACKAGES = ("maskprune", "torch", "transformers", "peft", "accelerate", "triton", "safetensors")
 C4 = "allenai/c4:en:train"
+INPUTS_FILE = "settings.json"
 
 
 def versions() -> dict[str, str]:
@@ -49,12 +51,15 @@ def run_folder(out: Path) -> Path:
     return out.parent / f"{out.name}.run"
 
 
-def claim_run_folder(out: Path, settings: Any, *, resume: bool, overwrite: bool) -> Path:
-    """The run folder of OUT: empty, or with the run that `resume` continues; writes nothing.
+def claim_run_folder(out: Path, inputs: dict[str, Any], *, resume: bool, overwrite: bool) -> Path:
+    """The run folder of OUT: not there, or with the run that `resume` continues.
+
+    Args:
+        inputs: what a resumed run must have in common with its first part.
 
     Raises:
         ValueError: OUT stands, a run is in progress, there is none to resume, or its settings
-            were others.
+            or inputs were others; or the folder is not a run's.
     """
     require_new_folder(out, overwrite)
     run = run_folder(out)
@@ -63,17 +68,27 @@ def claim_run_folder(out: Path, settings: Any, *, resume: bool, overwrite: bool)
             raise ValueError(
                 f"{run} holds a run in progress; continue it with --resume, or remove it"
             )
+        if any(run.iterdir()) and not (run / INPUTS_FILE).is_file():
+            raise ValueError(
+                f"{run}, where the run would keep its checkpoints, holds other files; choose "
+                "another output folder, or move them"
+            )
         shutil.rmtree(run)
     if resume:
         if not run.exists():
             raise ValueError(f"there is no run in progress at {run}; start one without --resume")
-        _require_same_settings(run, settings)
+        _require_same_inputs(run, inputs)
     return run
 
 
-def _require_same_settings(run: Path, settings: Any) -> None:
-    saved = json.loads((run / "settings.json").read_text())
-    now = asdict(settings)
+def _require_same_inputs(run: Path, now: dict[str, Any]) -> None:
+    try:
+        saved = json.loads((run / INPUTS_FILE).read_text())
+    except (OSError, json.JSONDecodeError):
+        raise ValueError(
+            f"{run} does not say what run it is of ({INPUTS_FILE} is missing or broken), so it "
+            "cannot go on; choose another output folder, or move that one away"
+        ) from None
     changed = [f"{k} {saved.get(k)!r} -> {now[k]!r}" for k in now if saved.get(k) != now[k]]
     if changed:
         raise ValueError(
@@ -82,10 +97,22 @@ def _require_same_settings(run: Path, settings: Any) -> None:
         )
 
 
-def open_run_folder(run: Path, settings: Any) -> None:
-    """Make the run folder and note the settings in it."""
+def run_inputs(name: str, data: str | None, settings: Any) -> dict[str, Any]:
+    """MODEL, DATA and every setting, as a resumed run must have them again."""
+    return {"model": str(name), "data": data} | asdict(settings)
+
+
+@contextlib.contextmanager
+def open_run_folder(run: Path, inputs: dict[str, Any]) -> Iterator[None]:
+    """Make the run folder and note the inputs in it; bad input leaves none without checkpoints."""
     run.mkdir(parents=True, exist_ok=True)
-    write_json(run / "settings.json", asdict(settings))
+    write_json(run / INPUTS_FILE, inputs)
+    try:
+        yield
+    except ValueError:
+        if not any(run.glob("checkpoint-*")):
+            shutil.rmtree(run)
+        raise
 
 
 def read_config(name: str) -> Any:

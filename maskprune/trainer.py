@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from maskprune.data import token_blocks
 from maskprune.speed import bfloat16_is_faster
 
 
@@ -31,7 +32,11 @@ class Blocks(Dataset[dict[str, torch.Tensor]]):
 
 
 class BlockTrainer(Trainer):
-    """`Trainer` over `Blocks` in their order, that stops at a loss which is not finite."""
+    """`Trainer` over `Blocks` in their order, that stops at a loss which is not finite.
+
+    `TraceCallback` wants `trace_row(optimizer)` of its children: what the trace says of the run
+    beside `last_loss`.
+    """
 
     def __init__(self, *args: Any, **kw: Any) -> None:
         super().__init__(*args, **kw)
@@ -53,9 +58,14 @@ class BlockTrainer(Trainer):
                 "--learning-rate"
             )
 
-    def trace_row(self, optimizer: Any) -> dict[str, Any]:
-        """What the trace says of the run now, beside the losses."""
-        raise NotImplementedError
+
+def as_blocks(data: Any, tokenizer: Any, config: Any) -> torch.Tensor:
+    """(n, seq_len) int64 token blocks: `data` itself, or made of a text source by the settings."""
+    if isinstance(data, torch.Tensor):
+        return data
+    return token_blocks(
+        data, tokenizer, config.seq_len, num_tokens=config.max_tokens, seed=config.seed
+    )
 
 
 def total_steps(config: Any, n_blocks: int, epochs: float = 7.0) -> int:
@@ -94,7 +104,7 @@ def training_arguments(
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if micro % world:
         raise ValueError(f"batch_size {micro} per micro-batch does not divide over {world} devices")
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(run),
         max_steps=steps,
         per_device_train_batch_size=micro // world,
@@ -113,6 +123,9 @@ def training_arguments(
         dataloader_pin_memory=device.type == "cuda",
         average_tokens_across_devices=False,
     )
+    # A process that sees several GPUs would be given DataParallel, whose copies have no masks.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 @contextlib.contextmanager

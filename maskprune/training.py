@@ -19,7 +19,7 @@ from maskprune.checkpoints import latest, load_solver, mark_complete, save_solve
 from maskprune.compensation import compensate
 from maskprune.config import PruneConfig
 from maskprune.cuts import Shape
-from maskprune.data import block_order, token_blocks
+from maskprune.data import block_order
 from maskprune.distill import distill
 from maskprune.exporter import export
 from maskprune.families import family_of, output_names
@@ -29,6 +29,7 @@ from maskprune.progress import note
 from maskprune.trainer import (
     Blocks,
     BlockTrainer,
+    as_blocks,
     checkpoint_activations,
     quiet_trainer,
     total_steps,
@@ -197,13 +198,7 @@ def prune(
         ffn_sparsity=config.ffn_sparsity,
         arch_fallback=config.arch_fallback,
     )
-    blocks = (
-        data
-        if isinstance(data, torch.Tensor)
-        else token_blocks(
-            data, tokenizer, config.seq_len, num_tokens=config.max_tokens, seed=config.seed
-        )
-    )
+    blocks = as_blocks(data, tokenizer, config)
     steps = total_steps(config, len(blocks))
     order = block_order(len(blocks), config.batch_size, steps, config.seed, seq_len=config.seq_len)
 

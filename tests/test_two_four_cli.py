@@ -135,6 +135,10 @@ def test_a_run_goes_on_with_resume(place, tmp_path, monkeypatch, capsys):
     assert "continue it with --resume" in capsys.readouterr().err
     assert sparsify(place, tmp_path / "out", "--resume", "--seed", "1") == 2
     assert "seed 0 -> 1" in capsys.readouterr().err
+    write_text(tmp_path / "other.jsonl")
+    other = ["--data", str(tmp_path / "other.jsonl")]
+    assert sparsify(place, tmp_path / "out", "--resume", *other) == 2
+    assert "data " in capsys.readouterr().err
     assert sparsify(place, tmp_path / "out", "--resume") == 0
     assert sparsify(place, tmp_path / "whole") == 0
     a, _ = load_masks(tmp_path / "out" / "two_four.safetensors")
@@ -156,6 +160,31 @@ def test_what_cannot_work_is_one_line_and_leaves_nothing(more, said, place, tmp_
     err = capsys.readouterr().err.strip().splitlines()
     assert said in err[-1] and len(err) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_bad_input_found_late_leaves_no_run_behind(learned, place, tmp_path, capsys):
+    other = write_checkpoint(tmp_path / "other", intermediate_size=48)
+    file, data = learned / "two_four.safetensors", place / "text.jsonl"
+    more = ["-o", str(tmp_path / "out"), *LEARN, "--data", str(data), "--prior", str(file)]
+    assert main(["sparsify", str(other), *more]) == 2
+    assert "use masks that were made on this model" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other"]
+
+
+def test_a_folder_of_somebody_else_is_not_taken_for_a_run(place, tmp_path, capsys):
+    (tmp_path / "out.run").mkdir()
+    (tmp_path / "out.run" / "thesis.tex").write_text("years of work")
+    assert sparsify(place, tmp_path / "out") == 2
+    assert "holds other files" in capsys.readouterr().err
+    assert sparsify(place, tmp_path / "out", "--resume") == 2
+    assert "move that one away" in capsys.readouterr().err
+    assert (tmp_path / "out.run" / "thesis.tex").read_text() == "years of work"
+
+
+def test_magnitude_needs_no_text(place, tmp_path):
+    out = tmp_path / "out"
+    assert main(["sparsify", str(place / "model"), "-o", str(out), "--method", "magnitude"]) == 0
+    assert json.loads((out / "maskprune.json").read_text())["data"] is None
 
 
 def test_an_output_folder_that_exists_is_refused_before_any_work(learned, place, capsys):

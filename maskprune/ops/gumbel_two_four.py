@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -190,8 +192,8 @@ def soft_choice(
 
 def soft_mask(p: torch.Tensor) -> torch.Tensor:
     """m (O, I) = p @ candidates."""
-    slots = [sum(p[k] for k, pair in enumerate(SLOTS) if s in pair) for s in range(4)]
-    return torch.stack(slots, -1).flatten(-2)  # type: ignore[arg-type]
+    slots = [reduce(add, (p[k] for k, pair in enumerate(SLOTS) if s in pair)) for s in range(4)]
+    return torch.stack(slots, -1).flatten(-2)
 
 
 def reference(

@@ -20,7 +20,7 @@ from transformers import set_seed
 from maskprune.callbacks import TraceCallback
 from maskprune.checkpoints import latest, mark_complete
 from maskprune.config import SparsifyConfig
-from maskprune.data import block_order, token_blocks
+from maskprune.data import block_order
 from maskprune.distill import token_kl
 from maskprune.exporter import Difference, difference_of, logits_of, require_equal
 from maskprune.families import layers_of
@@ -31,6 +31,7 @@ from maskprune.semistructured.patterns import apply_masks, load_masks
 from maskprune.trainer import (
     Blocks,
     BlockTrainer,
+    as_blocks,
     checkpoint_activations,
     quiet_trainer,
     total_steps,
@@ -155,7 +156,13 @@ class SparsifyTrainer(BlockTrainer):
         from safetensors.torch import load_file
 
         found = load_file(Path(resume_from_checkpoint) / LOGITS_FILE)
-        for name, parameter in self.masks.named_parameters().items():
+        own = self.masks.named_parameters()
+        if {n: p.shape for n, p in own.items()} != {n: p.shape for n, p in found.items()}:
+            raise ValueError(
+                f"{resume_from_checkpoint} holds logits of another model; resume with the model "
+                "that the run began with"
+            )
+        for name, parameter in own.items():
             parameter.data.copy_(found[name])
         # What the next row's `changed` counts from.
         self.masks.statistics()
@@ -179,7 +186,8 @@ def sparsify(
     Args:
         model: a transformers causal LM of a known family, without adapters; changed in place.
         tokenizer: its tokenizer; not used when `data` is token blocks already.
-        data: a text source as `token_blocks` takes it, or (n, seq_len) int64 token blocks.
+        data: a text source as `token_blocks` takes it, or (n, seq_len) int64 token blocks; not
+            used by `magnitude`.
         config: the settings.
         run_dir: where checkpoints and the trace go; a temporary folder where None.
         resume: continue from the newest whole checkpoint in `run_dir`.
@@ -192,13 +200,8 @@ def sparsify(
     Source: MaskLLM, arXiv 2409.17481, sections 3.2 and 3.3; the rates are those of its code.
     """
     core: Any = model
-    blocks = (
-        data
-        if isinstance(data, torch.Tensor)
-        else token_blocks(
-            data, tokenizer, config.seq_len, num_tokens=config.max_tokens, seed=config.seed
-        )
-    )
+    magnitude = config.method == "magnitude"
+    blocks = torch.empty(0, config.seq_len) if magnitude else as_blocks(data, tokenizer, config)
     set_seed(config.seed)
     cached, core.config.use_cache = core.config.use_cache, False
     sample = blocks[: config.calibration_blocks]
@@ -282,6 +285,9 @@ def choose_masks(
     model: Any, method: str, blocks: torch.Tensor, *, update: bool = False, quiet: bool = False
 ) -> dict[str, torch.Tensor]:
     """`one_shot_masks` with its progress shown, a block of the model at a time."""
+    if method == "magnitude":
+        note("choosing 2:4 masks by magnitude", quiet)
+        return one_shot_masks(model, method)
     note(f"choosing 2:4 masks by {method} on {blocks.numel():,} tokens", quiet)
     bar = Progress(len(layers_of(model)), 0, quiet, unit="block")
 

@@ -55,7 +55,7 @@ class TwoFourMasks:
     """
 
     def __init__(self, model: nn.Module, seed: int) -> None:
-        self.model, self.mode = model, "sample"
+        self.mode = "sample"
         self.modules: dict[str, Any] = prunable(model)
         device = next(model.parameters()).device
         self.kappa = torch.tensor(1.0, device=device)

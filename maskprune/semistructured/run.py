@@ -22,6 +22,7 @@ from maskprune.runs import (
     machine,
     open_run_folder,
     read_config,
+    run_inputs,
     save_proven,
     training_text,
     versions,
@@ -58,20 +59,27 @@ def run_sparsify(
     family_of(read_config(name))
     if masks is not None:
         return _apply(name, out, masks, settings, overwrite, max_shard_size)
-    run = claim_run_folder(out, settings, resume=resume, overwrite=overwrite)
-    if settings.prior.endswith(".safetensors"):
+    inputs = run_inputs(name, data, settings)
+    run = claim_run_folder(out, inputs, resume=resume, overwrite=overwrite)
+    if settings.method == "maskllm" and settings.prior.endswith(".safetensors"):
         load_masks(settings.prior)
-    source = training_text(name, data)
     model, tokenizer = load_to_train(name, settings.dtype, settings.device)
-    blocks = token_blocks(
-        source, tokenizer, settings.seq_len, num_tokens=settings.max_tokens, seed=settings.seed
-    )
+    source = blocks = None
+    if settings.method != "magnitude":
+        source = training_text(name, data)
+        wanted = settings.max_tokens
+        if settings.method != "maskllm":
+            wanted = settings.calibration_blocks * settings.seq_len
+        blocks = token_blocks(
+            source, tokenizer, settings.seq_len, num_tokens=wanted, seed=settings.seed
+        )
     # Imported late: it pulls in the whole training stack, which bad input should not wait for.
     from maskprune.semistructured.learn import sparsify
 
-    open_run_folder(run, settings)
-    result = sparsify(model, tokenizer, blocks, settings, run_dir=run, resume=resume)
-    record = _record(name, settings, data or str(source)) | {"steps": result.steps}
+    with open_run_folder(run, inputs):
+        result = sparsify(model, tokenizer, blocks, settings, run_dir=run, resume=resume)
+    text = None if source is None else str(source)
+    record = _record(name, settings, text) | {"steps": result.steps}
     if result.difference is not None:
         record["logits_masked_against_exported"] = vars(result.difference) | {
             "relative": result.difference.relative
@@ -79,7 +87,7 @@ def run_sparsify(
     made = {
         "steps": result.steps or None,
         "tokens": result.steps * settings.batch_size * settings.seq_len or None,
-        "data": Path(str(source)).name,
+        "data": Path(text).name if text else None,
         "difference": record.get("logits_masked_against_exported"),
     }
     with new_folder(out, overwrite) as folder:
@@ -154,9 +162,10 @@ def _write(
         model_card=card,
         max_shard_size=max_shard_size,
     )
-    save_masks(
-        folder / MASKS_FILE, masks, {"source_model": str(name), "method": record["method"] or ""}
-    )
+    about = {"source_model": str(name), "method": record["method"] or ""}
+    if (record["settings"] or {}).get("update_weights"):
+        about["weights"] = "updated, and not in this file"
+    save_masks(folder / MASKS_FILE, masks, about)
     write_json(folder / "maskprune.json", record)
 
 
