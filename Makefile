@@ -22,7 +22,7 @@ $(VENV)/tested: $(VENV)/torch $(SOURCES)
 	touch $@ $(VENV)/package
 
 demo: $(VENV)/package
-	$(BIN)/python -m maskprune.demonstrate
+	$(BIN)/python -m maskprune.commands.demo
 
 test: $(VENV)/tested
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(TESTS)

@@ -25,15 +25,15 @@ import torch
 from harness import Parser, environment, fix_threads, interleaved, measure, show, write_rows
 
 from maskprune import ops
-from maskprune.cuts import Shape
-from maskprune.masks import Masks, load_masks
-from maskprune.safetensors_io import (
+from maskprune.hf.shape import Shape
+from maskprune.streaming.safetensors_file import (
     Planned,
     byte_size,
     index_json,
     plan_shards,
     read_checkpoint,
 )
+from maskprune.structured.masks import Masks, load_masks
 
 O, I = 4096, 11008  # noqa: E741
 KEPT = 0.6
@@ -176,7 +176,7 @@ def synthetic(folder: Path, size: float, seed: int = 0) -> tuple[Path, Path, int
 
 def require_right(source: Path, masks_file: Path, out: Path) -> None:
     """A folded, a gathered and a copied tensor of `out` are what they must be; AssertionError."""
-    from maskprune.lora import load_tensor
+    from maskprune.streaming.lora import load_tensor
 
     before, after, masks = read_checkpoint(source), read_checkpoint(out), load_masks(masks_file)
     m = masks.ffn[0].detach()
@@ -195,7 +195,7 @@ def require_right(source: Path, masks_file: Path, out: Path) -> None:
 
 def stream_rows(gb: float, where: Path, threads: int, seed: int, rounds: int) -> list[dict]:
     """The streaming export and `cp -r` of its source, in turn, each into a new folder."""
-    from maskprune.streaming import export_checkpoint
+    from maskprune.streaming.export import export_checkpoint
 
     with tempfile.TemporaryDirectory(dir=where) as name:
         folder = Path(name)
@@ -234,7 +234,7 @@ import json, sys
 from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from maskprune.streaming import export_checkpoint
+from maskprune.streaming.export import export_checkpoint
 
 def kilobytes(key):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -16,10 +16,10 @@ from harness import Parser, fix_threads, measure, show, write_rows
 from shapes import llama
 
 from maskprune import ops
-from maskprune.budget import Budget
-from maskprune.masks import Masks
-from maskprune.minimax import Minimax
 from maskprune.ops.minimax_step import INDEX
+from maskprune.structured.budget import Budget
+from maskprune.structured.masks import Masks
+from maskprune.structured.minimax import Minimax
 
 # Hidden size, layers, query heads, KV heads, FFN width; pruned by groups.
 MODELS = {

@@ -21,14 +21,14 @@ import torch
 from harness import Parser, environment, fix_threads, write_rows
 from rows import MEASURED
 
+from maskprune.commands.evaluate import perplexity
 from maskprune.config import PruneConfig
-from maskprune.cuts import Shape
-from maskprune.data import token_blocks
-from maskprune.demo import demo_model_dir, demo_text
-from maskprune.evaluate import perplexity
-from maskprune.load import load_model
-from maskprune.speed import bfloat16_is_faster
-from maskprune.training import prune
+from maskprune.hf.demo_model import demo_model_dir, demo_text
+from maskprune.hf.load import load_model
+from maskprune.hf.shape import Shape
+from maskprune.structured.prune import prune
+from maskprune.training.data import token_blocks
+from maskprune.training.speed import bfloat16_is_faster
 
 # Each arm: the method, whether it gets the learned shape, whether it compensates.
 ARMS = {
@@ -75,7 +75,7 @@ def one_run(args: Any, arm: str, seed: int, shape: Shape | None) -> tuple[dict[s
     """Prune once and measure; returns the row and the shape it ended in."""
     train, held_out = demo_text()
     model, tokenizer = load_model(demo_model_dir(), dtype="float32")
-    from maskprune.target import shape_of
+    from maskprune.hf.shape import shape_of
 
     dense = shape_of(model.config)
     config = settings(args, arm, seed, shape, dense)

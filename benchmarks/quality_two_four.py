@@ -24,11 +24,11 @@ from rows import MEASURED
 from torch.nn import functional
 
 from maskprune.config import SparsifyConfig
-from maskprune.data import token_blocks
-from maskprune.demo import demo_model_dir, demo_text
-from maskprune.load import load_model
-from maskprune.semistructured import attach_two_four, one_shot_masks
-from maskprune.semistructured.learn import sparsify
+from maskprune.hf.demo_model import demo_model_dir, demo_text
+from maskprune.hf.load import load_model
+from maskprune.training.data import token_blocks
+from maskprune.two_four import attach_two_four, one_shot_masks
+from maskprune.two_four.sparsify import sparsify
 
 # Each arm: the method, and what it starts from or whether it updates weights.
 ARMS: dict[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ from machine import sync
 from torch import nn
 from transformers import StaticCache
 
-from maskprune.families import layers_of
+from maskprune.hf.families import layers_of
 
 REGIMES = ("prefill", "decode", "train")
 MODES = ("eager", "compile", "regional", "cudagraph")

@@ -141,7 +141,7 @@ def named_config(name: str) -> Any:
 def weights_folder(name: str) -> Path | None:
     """Where the real weights of `name` lie; None for a shape with random weights."""
     if name == DEMO:
-        from maskprune.demo import demo_model_dir
+        from maskprune.hf.demo_model import demo_model_dir
 
         return Path(demo_model_dir())
     return Path(name) if (Path(name) / "config.json").is_file() else None

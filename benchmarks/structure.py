@@ -15,8 +15,8 @@ from shapes import Widths
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from maskprune.families import layers_of
-from maskprune.stock import write_stock_files
+from maskprune.hf.checkpoint_files import write_stock_files
+from maskprune.hf.families import layers_of
 
 TP_SIZES = (2, 4, 8)
 

@@ -21,11 +21,12 @@ from shapes import Widths
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from maskprune.budget import Budget
-from maskprune.cuts import Shape, layer_cuts
-from maskprune.exporter import apply_cut
-from maskprune.families import attention_output, family_of, ffn_output, layers_of
-from maskprune.target import shape_of, target_config
+from maskprune.hf.families import attention_output, family_of, ffn_output, layers_of
+from maskprune.hf.pruned_config import target_config
+from maskprune.hf.shape import Shape, shape_of
+from maskprune.structured.budget import Budget
+from maskprune.structured.cuts import layer_cuts
+from maskprune.structured.export import apply_cut
 
 # 2 and 27 of 32 heads around a mean of 16 is what MaskPrune (section 4.2) reports of Compresso at
 # 50 %; the other two ranges are this benchmark's.

@@ -5,7 +5,7 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from maskprune.semistructured import apply_masks, attach_two_four, one_shot_masks
+from maskprune.two_four import apply_masks, attach_two_four, one_shot_masks
 
 source, text, out, steps = sys.argv[1], sys.argv[2], sys.argv[3], int((sys.argv[4:] or [300])[0])
 model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)

@@ -12,31 +12,31 @@ from maskprune.version import __version__
 
 if TYPE_CHECKING:
     from maskprune import ops
-    from maskprune.budget import Budget
-    from maskprune.callbacks import PruneCallback
     from maskprune.config import PruneConfig, SparsifyConfig
-    from maskprune.exporter import export
-    from maskprune.masks import Masks, attach_masks, load_masks
-    from maskprune.minimax import Minimax
-    from maskprune.semistructured.learn import SparsifyResult, sparsify
-    from maskprune.streaming import export_checkpoint
-    from maskprune.training import PruneResult, prune
+    from maskprune.streaming.export import export_checkpoint
+    from maskprune.structured.budget import Budget
+    from maskprune.structured.callbacks import PruneCallback
+    from maskprune.structured.export import export
+    from maskprune.structured.masks import Masks, attach_masks, load_masks
+    from maskprune.structured.minimax import Minimax
+    from maskprune.structured.prune import PruneResult, prune
+    from maskprune.two_four.sparsify import SparsifyResult, sparsify
 
 _HOMES = {
-    "Budget": "budget",
-    "Masks": "masks",
-    "Minimax": "minimax",
-    "PruneCallback": "callbacks",
+    "Budget": "structured.budget",
+    "Masks": "structured.masks",
+    "Minimax": "structured.minimax",
+    "PruneCallback": "structured.callbacks",
     "PruneConfig": "config",
-    "PruneResult": "training",
+    "PruneResult": "structured.prune",
     "SparsifyConfig": "config",
-    "SparsifyResult": "semistructured.learn",
-    "attach_masks": "masks",
-    "export": "exporter",
-    "export_checkpoint": "streaming",
-    "load_masks": "masks",
-    "prune": "training",
-    "sparsify": "semistructured.learn",
+    "SparsifyResult": "two_four.sparsify",
+    "attach_masks": "structured.masks",
+    "export": "structured.export",
+    "export_checkpoint": "streaming.export",
+    "load_masks": "structured.masks",
+    "prune": "structured.prune",
+    "sparsify": "two_four.sparsify",
 }
 
 __all__ = [

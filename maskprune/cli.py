@@ -104,8 +104,8 @@ def info(argv: Sequence[str]) -> int:
     """`maskprune info`."""
     import torch
 
+    from maskprune.commands.run_folder import versions
     from maskprune.ops.backend import unavailable
-    from maskprune.runs import versions
 
     for name, found in versions().items():
         print(f"{name:14} {found}")
@@ -121,10 +121,10 @@ def info(argv: Sequence[str]) -> int:
 def plan(argv: Sequence[str]) -> int:
     """`maskprune plan`."""
     (settings,), _ = parse("plan", [PlanConfig], argv, "The shape to come, from config.json alone.")
-    from maskprune.budget import Budget
-    from maskprune.plan import plan as make
-    from maskprune.plan import render
-    from maskprune.runs import read_config
+    from maskprune.commands.run_folder import read_config
+    from maskprune.structured.budget import Budget
+    from maskprune.structured.plan import plan as make
+    from maskprune.structured.plan import render
 
     config = read_config(settings.model)
     options = dataclasses.asdict(settings)
@@ -141,7 +141,7 @@ def prune(argv: Sequence[str]) -> int:
     )
     if files.output is None and not files.dry_run:
         raise ValueError("no output folder is given; pass -o OUT, or --dry-run to see the plan")
-    from maskprune.run import run_prune
+    from maskprune.commands.prune import run_prune
 
     print(
         run_prune(
@@ -166,7 +166,7 @@ def sparsify(argv: Sequence[str]) -> int:
         argv,
         "Learn 2:4 masks (MaskLLM), or choose them at once, and write a stock checkpoint.",
     )
-    from maskprune.semistructured.run import run_sparsify
+    from maskprune.commands.sparsify import run_sparsify
 
     print(
         run_sparsify(
@@ -186,7 +186,7 @@ def sparsify(argv: Sequence[str]) -> int:
 def export(argv: Sequence[str]) -> int:
     """`maskprune export`."""
     (settings,), _ = parse("export", [ExportConfig], argv, "Fold masks into a checkpoint on disk.")
-    from maskprune.streaming import export_checkpoint
+    from maskprune.streaming.export import export_checkpoint
 
     options = dataclasses.asdict(settings)
     done = export_checkpoint(
@@ -199,7 +199,7 @@ def export(argv: Sequence[str]) -> int:
 def check(argv: Sequence[str]) -> int:
     """`maskprune check`; exit code 1 where a check fails."""
     (settings,), _ = parse("check", [CheckConfig], argv, "Is this folder a stock checkpoint?")
-    from maskprune.check import check as run
+    from maskprune.commands.check import check as run
 
     found = run(
         settings.folder,
@@ -218,7 +218,7 @@ def evaluate(argv: Sequence[str]) -> int:
     (settings,), _ = parse("eval", [EvalConfig], argv, "Perplexity by windows, and lm-eval tasks.")
     import json
 
-    from maskprune.evaluate import evaluate as run
+    from maskprune.commands.evaluate import evaluate as run
 
     print(json.dumps(run(settings), indent=2))
     return 0
@@ -227,7 +227,7 @@ def evaluate(argv: Sequence[str]) -> int:
 def report(argv: Sequence[str]) -> int:
     """`maskprune report`."""
     (settings,), _ = parse("report", [ReportConfig], argv, "The run's plots and tables.")
-    from maskprune.report import report as run
+    from maskprune.commands.report import report as run
 
     print(run(settings.run))
     return 0

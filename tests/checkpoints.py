@@ -14,9 +14,10 @@ import torch
 from models import randomise, tiny_model
 from safetensors.torch import load_file, save_file
 
-from maskprune.exporter import export, save_stock
-from maskprune.masks import attach_masks
-from maskprune.streaming import export_checkpoint
+from maskprune.hf.checkpoint_files import save_stock
+from maskprune.streaming.export import export_checkpoint
+from maskprune.structured.export import export
+from maskprune.structured.masks import attach_masks
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -72,7 +72,7 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
 def random_cut(shape: tuple[int, ...], rng: random.Random):
     import torch
 
-    from maskprune.cuts import Cut
+    from maskprune.structured.cuts import Cut
 
     dim = 0 if len(shape) == 1 else rng.randint(0, 1)
     if rng.random() < 0.1 or not shape[dim]:
@@ -85,9 +85,9 @@ def random_cut(shape: tuple[int, ...], rng: random.Random):
 
 def stream_all(path: Path, rng: random.Random) -> int:
     """Stream every tensor of a file that was accepted; how many."""
-    import maskprune.tensor_stream as ts
-    from maskprune.byte_progress import ByteProgress
-    from maskprune.safetensors_io import Planned, byte_size, read_header
+    import maskprune.streaming.move as ts
+    from maskprune.streaming.progress import ByteProgress
+    from maskprune.streaming.safetensors_file import Planned, byte_size, read_header
 
     tensors = read_header(path)
     size = path.stat().st_size

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from models import randomise, tiny_model
 
-from maskprune.masks import attach_masks
-from maskprune.streaming import export_checkpoint
+from maskprune.streaming.export import export_checkpoint
+from maskprune.structured.masks import attach_masks
 
 SIZES = dict(vocab_size=4096, hidden_size=512, intermediate_size=2048, num_hidden_layers=12)
 

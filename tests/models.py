@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from maskprune.masks import Masks
+from maskprune.structured.masks import Masks
 
 VOCAB = 64
 

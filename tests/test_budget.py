@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from maskprune.budget import Budget, layer_weights
-from maskprune.plan import cost, lint, plan, render, tp_sizes
-from maskprune.target import shape_of, target_config
+from maskprune.hf.pruned_config import target_config
+from maskprune.hf.shape import shape_of
+from maskprune.structured.budget import Budget, layer_weights
+from maskprune.structured.plan import cost, lint, plan, render, tp_sizes
 
 LLAMA_7B = LlamaConfig(
     hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32,

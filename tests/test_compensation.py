@@ -8,17 +8,18 @@ from models import randomise, tiny_model, tokens
 from peft import LoraConfig, get_peft_model
 
 from maskprune import compensation
-from maskprune.compensation import compensate, low_rank_compensation
-from maskprune.distill import teacher_mode
-from maskprune.exporter import compare_logits, export
-from maskprune.families import (
+from maskprune.hf.equality import compare_logits
+from maskprune.hf.families import (
     FAMILIES,
     attention_output,
     ffn_output,
     layers_of,
     output_names,
 )
-from maskprune.masks import attach_masks
+from maskprune.structured.compensation import compensate, low_rank_compensation
+from maskprune.structured.distill import teacher_mode
+from maskprune.structured.export import export
+from maskprune.structured.masks import attach_masks
 
 
 def problem(out=6, channels=10, n=200, gone=4, seed=0):

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from maskprune import data
-from maskprune.data import block_order, documents, read_text, token_blocks
+from maskprune.training.data import block_order, documents, read_text, token_blocks
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_a_longer_run_starts_with_the_order_of_the_shorter_one():
 
 
 def test_reading_the_data_again_is_noted(caplog):
-    with caplog.at_level(logging.WARNING, logger="maskprune.data"):
+    with caplog.at_level(logging.WARNING, logger="maskprune.training.data"):
         block_order(10, 5, 2, seq_len=8)
         assert not caplog.records
         block_order(10, 5, 3, seq_len=8)

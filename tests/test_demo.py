@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from maskprune import demo, demonstrate
-from maskprune.demonstrate import compare, peak_bytes, settings, sizes, table
-from maskprune.exporter import Difference
+from maskprune.commands.demo import compare, peak_bytes, settings, sizes, table
+from maskprune.hf.equality import Difference
 
 
 @pytest.fixture
@@ -295,7 +295,7 @@ def test_gguf_files_are_read_plainly_where_transformers_has_no_word_for_it(monke
     import sys
     import types
 
-    from maskprune.demo import gguf_options
+    from maskprune.hf.demo_model import gguf_options
 
     assert gguf_options("a.gguf")["quantization_config"].dequantize
     monkeypatch.setitem(sys.modules, "transformers", types.ModuleType("transformers"))

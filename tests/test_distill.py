@@ -7,9 +7,10 @@ import torch
 from models import randomise, tiny_model, tokens
 from torch.nn import functional
 
-from maskprune.distill import distill, teacher_mode, token_kl
-from maskprune.families import FAMILIES
-from maskprune.masks import attach_masks
+from maskprune.hf.families import FAMILIES
+from maskprune.structured.distill import distill, teacher_mode
+from maskprune.structured.masks import attach_masks
+from maskprune.training.losses import token_kl
 
 
 @pytest.mark.parametrize("direction", ["teacher_student", "student_teacher"])

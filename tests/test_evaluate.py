@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from maskprune.commands.evaluate import evaluate, perplexity, run_tasks
 from maskprune.config import EvalConfig
-from maskprune.evaluate import evaluate, perplexity, run_tasks
-from maskprune.load import check_checkpoint, load_model, resolve_model, torch_device, torch_dtype
-from maskprune.speed import throughput
+from maskprune.hf.load import check_checkpoint, load_model, resolve_model, torch_device, torch_dtype
+from maskprune.training.speed import throughput
 
 WORDS = 40
 

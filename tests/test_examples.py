@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from checkpoints_on_disk import WORDS, write_checkpoint
 
-from maskprune.semistructured import is_two_four, oriented, prunable
+from maskprune.two_four import is_two_four, oriented, prunable
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 

@@ -10,17 +10,11 @@ from models import randomise, tiny_model, tokens
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from maskprune.exporter import (
-    TOLERANCE,
-    Difference,
-    compare_logits,
-    export,
-    final_shape,
-    require_equal,
-    save_stock,
-)
-from maskprune.families import FAMILIES
-from maskprune.masks import attach_masks, load_masks
+from maskprune.hf.checkpoint_files import save_stock
+from maskprune.hf.equality import TOLERANCE, Difference, compare_logits, require_equal
+from maskprune.hf.families import FAMILIES
+from maskprune.structured.export import export, final_shape
+from maskprune.structured.masks import attach_masks, load_masks
 
 DTYPES = (torch.float64, torch.float32)
 
@@ -202,8 +196,8 @@ def test_detach_restores_the_model():
 def test_masks_under_an_adapter_that_came_later_are_refused():
     from peft import LoraConfig, get_peft_model
 
-    from maskprune.budget import Budget
-    from maskprune.minimax import Minimax
+    from maskprune.structured.budget import Budget
+    from maskprune.structured.minimax import Minimax
 
     model = tiny_model("llama")
     masks = attach_masks(model)
@@ -222,7 +216,7 @@ def test_masks_under_an_adapter_that_came_later_are_refused():
 def test_unknown_families_are_refused_by_name(changes, message):
     from types import SimpleNamespace
 
-    from maskprune.families import family_of
+    from maskprune.hf.families import family_of
 
     with pytest.raises(ValueError, match=message):
         family_of(SimpleNamespace(**changes))

@@ -10,9 +10,9 @@ from models import randomise, tiny_model, tokens
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from maskprune.families import FAMILIES, layers_of
-from maskprune.fused import fuse_ffn
-from maskprune.masks import attach_masks
+from maskprune.hf.families import FAMILIES, layers_of
+from maskprune.structured.fused_ffn import fuse_ffn
+from maskprune.structured.masks import attach_masks
 
 # Its new name is younger than the oldest transformers that we take; PEFT uses the old one too.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")

@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, Qwen2Config
 
-from maskprune.budget import Budget
-from maskprune.cuts import Shape
-from maskprune.masks import Masks
-from maskprune.minimax import Minimax
+from maskprune.hf.shape import Shape
 from maskprune.ops.minimax_step import INDEX
-from maskprune.warmstart import start_masks
+from maskprune.structured.budget import Budget
+from maskprune.structured.masks import Masks
+from maskprune.structured.minimax import Minimax
+from maskprune.structured.saliency import start_masks
 
 ARCHITECTURES = {
     "gqa-narrow": LlamaConfig(

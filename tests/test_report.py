@@ -12,10 +12,10 @@ import torch
 import yaml
 from matplotlib.figure import Figure
 
-from maskprune import plots
-from maskprune.cuts import Shape
-from maskprune.masks import Masks
-from maskprune.report import model_card, read_trace, report
+from maskprune.commands import plots
+from maskprune.commands.report import model_card, read_trace, report
+from maskprune.hf.shape import Shape
+from maskprune.structured.masks import Masks
 
 LAYERS, UNITS = 5, 96
 
@@ -24,9 +24,9 @@ LAYERS, UNITS = 5, 96
 def blank_pictures(request, monkeypatch):
     """Drawing is slow, and what most tests here read is the page."""
     if "drawn" in request.node.name:
-        monkeypatch.setattr("maskprune.report.DPI", 30)
+        monkeypatch.setattr("maskprune.commands.report.DPI", 30)
     else:
-        monkeypatch.setattr("maskprune.report._png", lambda figure: b"png")
+        monkeypatch.setattr("maskprune.commands.report._png", lambda figure: b"png")
 
 
 def masks_of(head_unit="kv_group", kept=64):

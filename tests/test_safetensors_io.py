@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from maskprune.safetensors_io import (
+from maskprune.streaming.safetensors_file import (
     Planned,
     byte_size,
     index_json,

@@ -11,9 +11,10 @@ from models import randomise, tiny_model
 from safetensors.torch import save_file
 
 from maskprune import tensor_stream
-from maskprune.exporter import export, save_stock
-from maskprune.families import FAMILIES
-from maskprune.masks import attach_masks
+from maskprune.hf.checkpoint_files import save_stock
+from maskprune.hf.families import FAMILIES
+from maskprune.structured.export import export
+from maskprune.structured.masks import attach_masks
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 FULL = [name for name, family in FAMILIES.items() if family.prunes_heads]
@@ -201,9 +202,9 @@ def test_progress_without_a_terminal_is_a_plain_line(tmp_path, capfd):
 
 def test_a_stretch_of_rows_that_all_go_writes_nothing(tmp_path, monkeypatch):
     """The last piece of a tensor keeps no row: its bytes must not land behind the tensor."""
-    from maskprune.byte_progress import ByteProgress
-    from maskprune.cuts import Cut
-    from maskprune.safetensors_io import Planned, read_header
+    from maskprune.streaming.progress import ByteProgress
+    from maskprune.streaming.safetensors_file import Planned, read_header
+    from maskprune.structured.cuts import Cut
 
     weight = torch.arange(64.0).reshape(16, 4)
     save_file({"w": weight}, tmp_path / "x")
@@ -239,8 +240,8 @@ def test_a_gguf_folder_is_read_through_transformers(tmp_path):
     from transformers import AutoModelForCausalLM
 
     from maskprune import demo
-    from maskprune.cuts import Shape
-    from maskprune.masks import Masks
+    from maskprune.hf.shape import Shape
+    from maskprune.structured.masks import Masks
 
     if not (demo.cache_dir() / demo.MODEL_NAME).is_dir():
         pytest.skip("the embedded demo model is not in the cache; make demo fetches it")

@@ -10,8 +10,8 @@ import torch
 from models import VOCAB, tiny_model, tokens
 
 from maskprune.config import PruneConfig
-from maskprune.exporter import compare_logits
-from maskprune.training import PruneTrainer, prune
+from maskprune.hf.equality import compare_logits
+from maskprune.structured.prune import PruneTrainer, prune
 
 QUICK = dict(
     sparsity=0.3,

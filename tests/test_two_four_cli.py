@@ -10,7 +10,7 @@ import torch
 from checkpoints_on_disk import write_checkpoint, write_text
 
 from maskprune.cli import main
-from maskprune.semistructured.patterns import is_two_four, load_masks, oriented, prunable
+from maskprune.two_four.patterns import is_two_four, load_masks, oriented, prunable
 
 LEARN = (
     "--steps 20 --batch-size 2 --seq-len 16 --calibration-blocks 4 --prior wanda --autocast none "
@@ -118,7 +118,7 @@ def test_check_sees_the_pattern_and_proves_it(learned, place, capsys):
 
 
 def test_a_run_goes_on_with_resume(place, tmp_path, monkeypatch, capsys):
-    from maskprune.semistructured.learn import SparsifyTrainer
+    from maskprune.two_four.sparsify import SparsifyTrainer
 
     loss = SparsifyTrainer.compute_loss
 

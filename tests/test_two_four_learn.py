@@ -11,9 +11,9 @@ from models import VOCAB, tiny_model
 from torch.nn import functional
 
 from maskprune.config import SparsifyConfig
-from maskprune.semistructured.learn import SparsifyTrainer, sparsify
-from maskprune.semistructured.oneshot import one_shot_masks
-from maskprune.semistructured.patterns import apply_masks, is_two_four, oriented, prunable
+from maskprune.two_four.one_shot import one_shot_masks
+from maskprune.two_four.patterns import apply_masks, is_two_four, oriented, prunable
+from maskprune.two_four.sparsify import SparsifyTrainer, sparsify
 
 QUICK = dict(
     steps=24,
@@ -142,7 +142,7 @@ def test_a_checkpoint_holds_logits_and_no_weights(tmp_path):
 
 def test_gradient_accumulation_draws_a_sample_for_each_micro_batch(monkeypatch):
     drawn = []
-    from maskprune.semistructured.masks import TwoFourMasks
+    from maskprune.two_four.masks import TwoFourMasks
 
     draw = TwoFourMasks.draw
     monkeypatch.setattr(TwoFourMasks, "draw", lambda self, n: (drawn.append(n), draw(self, n))[1])

@@ -6,11 +6,11 @@ import pytest
 import torch
 from models import tiny_model, tokens
 
-from maskprune.families import FAMILIES
+from maskprune.hf.families import FAMILIES
 from maskprune.ops.gumbel_two_four import gumbel_two_four
-from maskprune.semistructured.masks import attach_two_four, start_logits
-from maskprune.semistructured.oneshot import one_shot_masks
-from maskprune.semistructured.patterns import (
+from maskprune.two_four.masks import attach_two_four, start_logits
+from maskprune.two_four.one_shot import one_shot_masks
+from maskprune.two_four.patterns import (
     apply_masks,
     candidate_of,
     hard_mask,

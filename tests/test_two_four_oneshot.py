@@ -9,8 +9,8 @@ import torch
 from models import tiny_model, tokens
 from peft import LoraConfig, get_peft_model
 
-from maskprune.families import FAMILIES, layers_of
-from maskprune.semistructured import (
+from maskprune.hf.families import FAMILIES, layers_of
+from maskprune.two_four import (
     METHODS,
     apply_masks,
     hard_mask,

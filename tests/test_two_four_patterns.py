@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from maskprune.families import FAMILIES, layers_of
-from maskprune.semistructured import (
+from maskprune.hf.families import FAMILIES, layers_of
+from maskprune.two_four import (
     CANDIDATES,
     apply_masks,
     candidate_of,

@@ -7,10 +7,10 @@ import torch
 from models import randomise, tiny_model, tokens
 from torch.nn import functional
 
-from maskprune.budget import Budget
-from maskprune.families import FAMILIES, attention_output, ffn_output, layers_of
-from maskprune.masks import attach_masks
-from maskprune.warmstart import (
+from maskprune.hf.families import FAMILIES, attention_output, ffn_output, layers_of
+from maskprune.structured.budget import Budget
+from maskprune.structured.masks import attach_masks
+from maskprune.structured.saliency import (
     nearest_equal,
     one_shot,
     start_masks,

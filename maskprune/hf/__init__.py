@@ -1,0 +1,1 @@
+"""What is known of Hugging Face models: families, shapes, configs, checkpoint files."""

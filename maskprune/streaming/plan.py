@@ -1,0 +1,248 @@
+"""What a streaming export will do, tensor by tensor, checked before a byte is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from maskprune.hf.families import FAMILIES, family_of
+from maskprune.hf.pruned_config import target_config
+from maskprune.hf.shape import Shape, shape_of
+from maskprune.streaming.lora import TORCH_DTYPES, Lora, read_adapter
+from maskprune.streaming.move import Move
+from maskprune.streaming.safetensors_file import (
+    Planned,
+    Shard,
+    Stored,
+    byte_size,
+    plan_shards,
+    read_checkpoint,
+)
+from maskprune.structured.cuts import Cut
+from maskprune.structured.export import cuts_by_name
+from maskprune.structured.masks import Masks
+
+QUANTISED_ENDINGS = (
+    ".qweight",
+    ".qzeros",
+    ".g_idx",
+    ".absmax",
+    ".quant_map",
+    ".SCB",
+    ".weight_scale",
+    ".weight_scale_inv",
+    ".weight_packed",
+)
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """Where every tensor of the result comes from, and the files it goes into."""
+
+    shape: Shape
+    config: Any
+    moves: dict[str, Move]
+    shards: list[Shard]
+    parameters: int
+    dropped: tuple[str, ...]
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of all files of weights."""
+        return sum(shard.size for shard in self.shards)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensors that are needed: rows that go are skipped."""
+        return sum(move.bytes_read for move in self.moves.values())
+
+    @property
+    def work(self) -> int:
+        """What the progress counts: bytes of tensors, read and written."""
+        return self.bytes_read + sum(t.size for shard in self.shards for t in shard.tensors)
+
+
+def plan_stream(
+    source: Path,
+    masks: Masks,
+    shape: Shape,
+    shard_size: int,
+    adapter: str | Path | None,
+    arch_fallback: str,
+) -> StreamPlan:
+    """Check that checkpoint, masks and adapter belong together, and lay out the result.
+
+    Raises:
+        ValueError: they do not, or the checkpoint is quantised, damaged or not a known family.
+    """
+    config = _read_config(source)
+    stored = read_checkpoint(source)
+    _refuse_quantised(source, stored)
+    _require_same_model(source, config, masks)
+    small = target_config(config, shape, arch_fallback)
+    skeleton = _skeleton(small)
+    small.architectures = [type(skeleton).__name__]
+    expected = {name: tuple(t.shape) for name, t in skeleton.state_dict().items()}
+    tied = dict(getattr(skeleton, "all_tied_weights_keys", None) or {})
+    found = _by_stock_name(stored, expected, skeleton.base_model_prefix)
+    _keep_tied(found, tied)
+
+    cuts, whole = cuts_by_name(masks), _whole_sizes(masks, expected)
+    loras = read_adapter(Path(adapter)) if adapter is not None else {}
+    _require_fitting_adapter(adapter, loras, found)
+    moves: dict[str, Move] = {}
+    for name, shape_out in expected.items():
+        if name not in found:
+            if name in tied:
+                continue
+            raise ValueError(
+                f"{source} lacks tensor {name}; its config.json promises it; the checkpoint is "
+                "half-written or of another architecture: fetch it again"
+            )
+        tensor, cut = found[name], cuts.get(name)
+        planned = _result(tensor, name, cut, whole.get(name), shape_out)
+        moves[name] = Move(tensor, planned, cut, loras.get(name))
+    dropped = tuple(sorted(set(found) - set(moves)))
+    shards = plan_shards([move.target for move in moves.values()], shard_size)
+    parameters = int(skeleton.num_parameters())
+    return StreamPlan(shape, small, moves, shards, parameters, dropped)
+
+
+def _read_config(source: Path) -> Any:
+    from transformers import AutoConfig
+
+    path = source / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        quantisation = content.get("quantization_config")
+    except (OSError, ValueError, AttributeError):
+        raise ValueError(f"{path} is no readable JSON object; fetch the checkpoint again") from None
+    if quantisation:
+        method = quantisation.get("quant_method") or quantisation.get("quant_algo") or "quantised"
+        raise ValueError(
+            f"{source} is quantised ({method}): masks cannot be folded into it exactly; export "
+            "from the float16 or bfloat16 original, then quantise the result"
+        )
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{path} is not a config transformers reads ({first})") from None
+    family_of(config)
+    return config
+
+
+def _refuse_quantised(source: Path, stored: dict[str, Stored]) -> None:
+    for name, tensor in stored.items():
+        if name.endswith(QUANTISED_ENDINGS) or tensor.dtype.startswith(("F8", "F6", "F4")):
+            raise ValueError(
+                f"{source} holds quantised weights ({name}, {tensor.dtype}): masks cannot be "
+                "folded into them exactly; export from the float16 or bfloat16 original, then "
+                "quantise the result"
+            )
+
+
+def _require_same_model(source: Path, config: Any, masks: Masks) -> None:
+    given, family = shape_of(config), family_of(config).model_type
+    if masks.shape != given or masks.family != family:
+        raise ValueError(
+            f"the masks are of a {masks.family} with {masks.shape}; {source} is a {family} with "
+            f"{given}; use the masks that were trained on this model"
+        )
+
+
+def _skeleton(config: Any) -> Any:
+    """The stock model without storage: the names, shapes and order of its tensors."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _by_stock_name(
+    stored: dict[str, Stored], expected: dict[str, Any], prefix: str
+) -> dict[str, Stored]:
+    """Older checkpoints leave the name of the base model out (`h.0` for `transformer.h.0`)."""
+    return {
+        name if name in expected or f"{prefix}.{name}" not in expected else f"{prefix}.{name}": t
+        for name, t in stored.items()
+    }
+
+
+def _keep_tied(found: dict[str, Stored], tied: dict[str, str]) -> None:
+    """One copy of weights that the config ties, under the name that transformers writes."""
+    for copy, original in tied.items():
+        if copy not in found:
+            continue
+        if original not in found:
+            found[original] = found.pop(copy)
+        elif _same_bytes(found[copy], found[original]):
+            del found[copy]
+
+
+def _same_bytes(a: Stored, b: Stored) -> bool:
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    with a.file.open("rb") as one, b.file.open("rb") as two:
+        one.seek(a.start)
+        two.seek(b.start)
+        left = a.size
+        while left:
+            n = min(left, 1 << 20)
+            if one.read(n) != two.read(n):
+                return False
+            left -= n
+    return True
+
+
+def _whole_sizes(masks: Masks, names: Iterable[str]) -> dict[str, int]:
+    """How large each tensor is along its cut before it is cut: what masks of one layer keep."""
+    layer = Masks(replace(masks.shape, layers=1), masks.head_unit, masks.family)
+    first = {name: cut.keep.numel() for name, cut in cuts_by_name(layer).items()}
+    stem = FAMILIES[masks.family].layers + "."
+    sizes = {}
+    for name in names:
+        number, _, rest = name.removeprefix(stem).partition(".")
+        if number.isdigit() and f"{stem}0.{rest}" in first:
+            sizes[name] = first[f"{stem}0.{rest}"]
+    return sizes
+
+
+def _require_fitting_adapter(
+    adapter: str | Path | None, loras: dict[str, Lora], found: dict[str, Stored]
+) -> None:
+    for name, lora in loras.items():
+        if name not in found or found[name].shape != lora.shape:
+            has = f"is {list(found[name].shape)} there" if name in found else "is not there"
+            raise ValueError(
+                f"adapter {adapter} changes {name} {list(lora.shape)}, which {has}; use the "
+                "adapter that was trained on this model"
+            )
+
+
+def _result(
+    tensor: Stored, name: str, cut: Cut | None, whole: int | None, expected: tuple[int, ...]
+) -> Planned:
+    shape = list(tensor.shape)
+    if cut is not None and whole is not None:
+        if tensor.dtype not in TORCH_DTYPES:
+            raise ValueError(
+                f"{tensor.file}: {name} is {tensor.dtype}; expected F32, F16 or BF16 weights"
+            )
+        if cut.dim >= len(shape) or len(shape) > 2 or shape[cut.dim] != whole:
+            raise ValueError(
+                f"{tensor.file}: {name} is {shape}; config.json promises {whole} "
+                f"along dimension {cut.dim}; the checkpoint is damaged or of another model"
+            )
+        shape[cut.dim] = cut.keep.numel()
+    if tuple(shape) != expected:
+        raise ValueError(
+            f"{tensor.file}: {name} becomes {shape}; config.json promises {list(expected)}; the "
+            "checkpoint is damaged or of another model"
+        )
+    return Planned(name, tensor.dtype, tuple(shape), byte_size(tensor.dtype, shape))

@@ -1,0 +1,1 @@
+"""Pruning heads and FFN units: MaskPrune and one-shot baselines."""

@@ -1,0 +1,60 @@
+"""Trainer callbacks: the proximal step, and the trace of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from maskprune.structured.minimax import Minimax
+
+
+class PruneCallback(TrainerCallback):
+    """Runs the proximal step after each optimizer step; clips the adapters' gradient before it.
+
+    Works with any `Trainer` whose optimizer trains the masks:
+    `Trainer(..., callbacks=[PruneCallback(solver)])`.
+    """
+
+    def __init__(self, solver: Minimax, max_grad_norm: float = 0.0) -> None:
+        self.solver, self.max_grad_norm = solver, max_grad_norm
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        if self.max_grad_norm:
+            mask_ids = {id(p) for p in self.solver.masks.parameters()}
+            model: nn.Module = kw["model"]
+            weights = [p for p in model.parameters() if p.requires_grad and id(p) not in mask_ids]
+            torch.nn.utils.clip_grad_norm_(weights, self.max_grad_norm)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        self.solver.step()
+
+
+class CompensationCallback(TrainerCallback):
+    """Once, when the solver has made the shape final: starts the output adapters anew.
+
+    Until then each step asks the solver, which synchronises with the device. A run resumed from a
+    checkpoint with a final shape has had it.
+
+    Args:
+        compensation: sets the adapters, returns the parameters that it set.
+    """
+
+    def __init__(self, solver: Minimax, compensation: Callable[[], list[nn.Parameter]]) -> None:
+        self.solver, self.compensation = solver, compensation
+        self.done = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        self.done = self.solver.locked
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        if self.done or not self.solver.locked:
+            return
+        self.done = True
+        for p in self.compensation():
+            # Moments of the old factors say nothing of the new ones.
+            for moment in kw["optimizer"].state.get(p, {}).values():
+                moment.zero_()

@@ -1,0 +1,188 @@
+"""What the pruned units did, given to those that stay: a least-squares start of the adapters.
+
+Not in the paper, which leaves all recovery to training. Optimal Brain Surgeon's correction
+(Hassibi and Stork, NeurIPS 1992) for a whole set of input columns at once, cut to the rank of the
+adapter that carries it, so that the base weights and with them the teacher stay as they are.
+Letters: W (O, I) an output matrix, X (I, n) its inputs, m (I,) the masks of its input channels,
+H = X X^T, K the channels that stay, D (O, I) the change of W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from maskprune.hf.families import FAMILIES, attention_output, ffn_output, layers_of
+from maskprune.structured.cuts import query_head_mask
+from maskprune.structured.distill import teacher_mode
+from maskprune.structured.masks import Masks
+from maskprune.structured.saliency import TOKENS_AT_ONCE, Observer
+
+Place = tuple[str, int]
+
+# Of all H held at once; layers beyond it wait for another pass over the calibration text.
+GRAM_BYTES = 4 * 2**30
+RIDGE = 0.01
+
+
+def low_rank_compensation(
+    W: torch.Tensor, H: torch.Tensor, m: torch.Tensor, rank: int, ridge: float = RIDGE
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factors B A of D that best let the masked matrix do what W did.
+
+    D minimises || W X - (W + D) diag(m) X ||^2 + ridge ||D||^2, and B A is the best approximation
+    of that rank to D diag(m) X. The problem is solved in float64.
+
+    Args:
+        W: (O, I) weight.
+        H: (I, I) sum over tokens of x x^T.
+        m: (I,) in [0, 1], 0 for what goes.
+        rank: r.
+        ridge: in units of the mean of H's diagonal over the channels that stay.
+
+    Returns:
+        A (k, I), zero in the columns of pruned channels, and B (O, k), float64; rows of A and
+        columns of B have equal norms. k is r, or less where fewer directions hold all of D.
+
+    Raises:
+        ValueError: H is not finite.
+    """
+    W, H, m = W.double(), H.double(), m.double()
+    if not torch.isfinite(H).all():
+        raise ValueError(
+            "the activations on the calibration text are not finite; the model overflows in this "
+            "dtype: load it in float32 (--dtype float32), or start again with --no-compensate"
+        )
+    K = m.nonzero()[:, 0]
+    H_K = m[K, None] * H[K][:, K] * m[K]
+    mean = H_K.diagonal().mean() if len(K) else H.new_zeros(())
+    if not mean:
+        return W.new_zeros(0, W.shape[1]), W.new_zeros(W.shape[0], 0)
+    D = torch.cholesky_solve(m[K, None] * (H[K] @ (W * (1 - m)).T), _cholesky(H_K, ridge * mean)).T
+    # The best rank-r part of D sqrt(H_K) is its projection on the leading left singular vectors.
+    energy, U = torch.linalg.eigh(D @ H_K @ D.T)
+    found = energy > torch.finfo(H.dtype).eps * len(energy) * energy.max()
+    U = U[:, found].flip(1)[:, :rank]
+    part = U.T @ D
+    norm = part.norm(dim=1).sqrt()
+    A = W.new_zeros(U.shape[1], W.shape[1])
+    A[:, K] = part / norm[:, None]
+    return A, U * norm
+
+
+def _cholesky(H: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
+    """Of H + ridge, with ten times the ridge as often as rounding in H needs it.
+
+    H was summed in float32: a few channels of huge activations can leave it with eigenvalues
+    below zero by more than a ridge in units of the mean makes good.
+    """
+    while True:
+        damped = H.clone()
+        damped.diagonal().add_(ridge)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            return factor
+        ridge = 10 * ridge + torch.finfo(H.dtype).eps * H.diagonal().mean()
+
+
+@torch.no_grad()
+def compensate(
+    model: nn.Module, masks: Masks, kept: tuple[torch.Tensor, torch.Tensor], blocks: torch.Tensor
+) -> list[nn.Parameter]:
+    """Start the adapters of W_O and W_down anew, at the compensation of what `kept` leaves out.
+
+    Matrices without an adapter, and those whose channels all stay at 1, are left as they are.
+
+    Args:
+        model: the PEFT model under its masks.
+        kept: the masks of heads and FFN units with 0 for what goes, in the shapes of
+            `masks.head` and `masks.ffn`.
+        blocks: (n, T) token ids on the model's device.
+
+    Returns:
+        The parameters that were set, whose optimizer state is void.
+
+    Raises:
+        ValueError: activations that are not finite.
+    """
+    family, shape = FAMILIES[masks.family], masks.shape
+    channels: dict[Place, torch.Tensor] = {}
+    modules: dict[Place, Any] = {}
+    heads = query_head_mask(kept[0], shape, masks.head_unit) if kept[0].numel() else None
+    for layer, block in enumerate(layers_of(model)):
+        if heads is not None:
+            channels["head", layer] = heads[layer].repeat_interleave(shape.head_dim)
+            modules["head", layer] = attention_output(block, family)
+        channels["ffn", layer] = kept[1][layer]
+        modules["ffn", layer] = ffn_output(block, family)
+    todo = [
+        place
+        for place, m in channels.items()
+        if bool((m != 1).any()) and hasattr(modules[place], "lora_A")
+    ]
+    changed: list[nn.Parameter] = []
+    limit = _gram_bytes(blocks.device)
+    while todo:
+        held, now = 0, list[Place]()
+        while todo and (not now or held + 4 * len(channels[todo[0]]) ** 2 <= limit):
+            held += 4 * len(channels[todo[0]]) ** 2
+            now.append(todo.pop(0))
+        grams = _grams(model, masks, now, blocks)
+        for place in now:
+            changed += _start(modules[place], grams.pop(place), channels[place], family.transposed)
+    return changed
+
+
+def _gram_bytes(device: torch.device) -> int:
+    """Room for H; the solver needs about eight times the room of one more besides."""
+    if device.type != "cuda":
+        return GRAM_BYTES
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(GRAM_BYTES, (torch.cuda.mem_get_info(device)[0] + unused) // 8)
+
+
+def _grams(
+    model: nn.Module, masks: Masks, places: list[Place], blocks: torch.Tensor
+) -> dict[Place, torch.Tensor]:
+    """H of each place, float32, from the activations of the dense model."""
+    grams: dict[Place, torch.Tensor] = {}
+
+    def see(kind: str, layer: int, module: nn.Module, x: torch.Tensor, g: Any) -> None:
+        if (kind, layer) not in wanted:
+            return
+        with torch.autocast(x.device.type, enabled=False):
+            flat = x.flatten(0, -2).float()
+            if (kind, layer) in grams:
+                grams[kind, layer].addmm_(flat.T, flat)
+            else:
+                grams[kind, layer] = flat.T @ flat
+
+    wanted = set(places)
+    with teacher_mode(model, masks), Observer(model, FAMILIES[masks.family], see):
+        for ids in blocks.split(max(1, TOKENS_AT_ONCE // blocks.shape[1])):
+            model(input_ids=ids, use_cache=False)
+    return grams
+
+
+def _start(
+    module: Any, H: torch.Tensor, m: torch.Tensor, transposed: bool
+) -> Iterator[nn.Parameter]:
+    """Put the compensation into the first active adapter of a PEFT LoRA layer, 0 into others."""
+    weight = module.base_layer.weight
+    names = [name for name in module.active_adapters if name in module.lora_A]
+    for number, name in enumerate(names):
+        a, b = module.lora_A[name].weight, module.lora_B[name].weight
+        # Directions that are not needed stay as an adapter starts: A random, B zero.
+        b.zero_()
+        if number == 0:
+            A, B = low_rank_compensation(weight.T if transposed else weight, H, m, a.shape[0])
+            a[: A.shape[0]] = A
+            b[:, : A.shape[0]] = B / module.scaling[name]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            # Every rank must go on from the same bits.
+            for p in (a, b):
+                torch.distributed.broadcast(p, 0)
+        yield from (a, b)

@@ -1,0 +1,109 @@
+"""Masked model to stock model: merge, fold, shrink, write, and prove the logits equal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from maskprune import ops
+from maskprune.hf.families import FAMILIES, family_of, stock_model
+from maskprune.hf.pruned_config import target_config
+from maskprune.hf.shape import Shape
+from maskprune.structured.cuts import Cut, layer_cuts, pruned_shape
+from maskprune.structured.masks import Masks
+
+
+def final_shape(masks: Masks) -> Shape:
+    """The uniform shape that `masks` leave; refuses masks that are not uniform, NaN or empty."""
+    return pruned_shape(masks.head.detach(), masks.ffn.detach(), masks.shape, masks.head_unit)
+
+
+def apply_cut(weight: torch.Tensor, cut: Cut) -> torch.Tensor:
+    """`weight` cut (and folded, with one rounding) along `cut.dim`."""
+    keep = cut.keep.to(weight.device)
+    if weight.dim() == 1:
+        return ops.gather_rows(weight, keep)
+    turned = weight if (cut.dim == 0) == (cut.scale is None) else weight.T.contiguous()
+    if cut.scale is None:
+        out = ops.gather_rows(turned, keep)
+    else:
+        out = ops.fold_columns(turned, cut.scale.to(weight.device), keep)
+    return out if turned is weight else out.T.contiguous()
+
+
+def cuts_by_name(masks: Masks) -> dict[str, Cut]:
+    """The cut of every tensor of the stock state dict that pruning touches."""
+    family, heads = FAMILIES[masks.family], masks.query_heads()
+    cuts = {}
+    for layer in range(masks.shape.layers):
+        head = None if heads is None else heads[layer].cpu()
+        ffn = masks.ffn[layer].detach().cpu()
+        for name, cut in layer_cuts(family, masks.shape, masks.head_unit, head, ffn).items():
+            cuts[f"{family.layers}.{layer}.{name}"] = cut
+    return cuts
+
+
+def merged_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The stock state dict with adapters merged in float32, tensor by tensor.
+
+    A merged weight comes in float32, to be rounded once, after the fold; others as they are.
+    """
+    base = stock_model(model)
+    adapted = {
+        name: module
+        for name, module in base.named_modules()
+        if hasattr(module, "get_delta_weight") and hasattr(module, "base_layer")
+    }
+    for name, tensor in base.state_dict().items():
+        if name.startswith("maskprune.") or ".lora_" in name:
+            continue
+        parent, _, leaf = name.rpartition(".")
+        owner = parent.removesuffix(".base_layer")
+        if owner in adapted and leaf == "weight":
+            tensor = tensor.float()
+            for adapter in adapted[owner].active_adapters:
+                tensor = tensor + adapted[owner].get_delta_weight(adapter).float()
+        yield (f"{owner}.{leaf}" if owner in adapted else name), tensor
+
+
+def export(model: nn.Module, masks: Masks, *, arch_fallback: str = "mistral") -> Any:
+    """A new stock transformers model with the masks folded in and the pruned units gone.
+
+    Exact: head masks go into the columns of W_O, FFN masks into the columns of W_down. The given
+    model is left as it was. Merged weights are folded in float32 and rounded once.
+
+    Args:
+        model: the masked model, or the PEFT model around it (its active adapters are merged).
+        masks: uniform masks; pruned units are exactly 0.
+        arch_fallback: see `target_config`.
+
+    Raises:
+        ValueError: masks that are not uniform, or a shape that no stock class takes.
+
+    Source: MaskPrune (arXiv 2502.14008), section 3.2, with the fold mended (docs/method.md).
+    """
+    from transformers import AutoModelForCausalLM
+
+    base = stock_model(model)
+    family_of(base.config)
+    config = target_config(base.config, final_shape(masks), arch_fallback)
+    dtype = base.dtype
+    small = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    cuts = cuts_by_name(masks)
+    weights = {}
+    for name, tensor in merged_weights(model):
+        tensor = tensor.detach()
+        if name in cuts:
+            tensor = apply_cut(tensor, cuts[name])
+        weights[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    missing, unexpected = small.load_state_dict(weights, strict=False)
+    tied = set(getattr(small, "all_tied_weights_keys", None) or ())
+    if unexpected or set(missing) - tied:
+        raise RuntimeError(f"export lost tensors: missing {missing}, unexpected {unexpected}")
+    small.tie_weights()
+    small.generation_config = base.generation_config
+    small.config.architectures = [type(small).__name__]
+    return small.to(base.device).eval()

@@ -1,0 +1,270 @@
+"""The mask parameters: attached to a model as forward pre-hooks, detached again.
+
+`FFN(x) = (act(gate) * up * m_ffn) W_down` and `MHA(x) = sum over heads of m_head * head`, the
+printed forward of MaskPrune (arXiv 2502.14008, section 3.1). The gradient of a mask does not
+vanish with the mask, so a pruned unit can come back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from maskprune.files import replace_file
+from maskprune.hf.families import (
+    FAMILIES,
+    Family,
+    attention_output,
+    family_of,
+    ffn_output,
+    get_submodule,
+    layers_of,
+    stock_model,
+)
+from maskprune.hf.shape import Shape, shape_of
+from maskprune.structured.cuts import mask_rows, query_head_mask
+from maskprune.structured.fused_ffn import fuse_ffn, unfusable
+
+FORMAT_VERSION = "1"
+
+
+class Masks(nn.Module):
+    """The masks of a model, one contiguous float32 parameter per kind, so one launch serves all.
+
+    Attributes:
+        head: (L, G) for `kv_group`, (L * G, q) for `query_head`; (0, 0) where the family keeps its
+            heads. In [0, 1], starting at 1.
+        ffn: (L, F), likewise.
+        enabled: False makes the masked model the original again.
+    """
+
+    head: nn.Parameter
+    ffn: nn.Parameter
+
+    def __init__(self, shape: Shape, head_unit: str, family: str, source: str = "") -> None:
+        super().__init__()
+        self.shape = shape
+        self.head_unit = head_unit
+        self.family = family
+        self.source = source
+        self.enabled = True
+        rows, units = mask_rows(shape, head_unit)
+        if not FAMILIES[family].prunes_heads:
+            rows = units = 0
+        self.head = nn.Parameter(torch.ones(rows, units, dtype=torch.float32))
+        self.ffn = nn.Parameter(torch.ones(shape.layers, shape.ffn, dtype=torch.float32))
+        self._undo: list[Callable[[], None]] = []
+        self._hooked: list[tuple[nn.Module, Callable[[], nn.Module]]] = []
+
+    def layer_head(self, layer: int) -> torch.Tensor:
+        """(H,) the mask of each query head of one layer, differentiable."""
+        shape = self.shape
+        if self.head_unit == "kv_group":
+            return self.head[layer].repeat_interleave(shape.heads // shape.kv_heads)
+        return self.head[layer * shape.kv_heads : (layer + 1) * shape.kv_heads].flatten()
+
+    def query_heads(self) -> torch.Tensor | None:
+        """(L, H) the mask of every query head; None where the family keeps its heads."""
+        if not self.head.numel():
+            return None
+        return query_head_mask(self.head.detach(), self.shape, self.head_unit)
+
+    @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        """The model without masks, for the time of the context: the teacher's forward."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    def detach(self) -> None:
+        """Restore the model: remove the hooks and the parameters."""
+        for undo in self._undo:
+            undo()
+        self._undo.clear()
+        self._hooked.clear()
+
+    def require_outermost(self) -> None:
+        """Refuse masks that an adapter added later has wrapped.
+
+        Raises:
+            RuntimeError: the adapter's path would run beside the mask, not under it.
+        """
+        for module, current in self._hooked:
+            if current() is not module:
+                raise RuntimeError(
+                    "an adapter was added after the masks, so its path is not masked; call "
+                    "get_peft_model first and attach_masks after it"
+                )
+
+    def save(self, path: str | Path) -> None:
+        """Write `head` and `ffn` as safetensors with what is needed to apply them elsewhere."""
+        from safetensors.torch import save
+
+        tensors = {
+            name: getattr(self, name).detach().float().cpu().contiguous()
+            for name in ("head", "ffn")
+        }
+        replace_file(Path(path), save(tensors, metadata=self.metadata()))
+
+    def metadata(self) -> dict[str, str]:
+        """The header of the masks file; safetensors allows strings only."""
+        return {
+            "format": "maskprune-masks",
+            "format_version": FORMAT_VERSION,
+            "head_unit": self.head_unit,
+            "family": self.family,
+            "source_model": self.source,
+            "shape": json.dumps(vars(self.shape)),
+        }
+
+
+def load_masks(path: str | Path) -> Masks:
+    """Read a masks file that `Masks.save` wrote; attach it with `attach_masks(model, masks=...)`.
+
+    Raises:
+        ValueError: no such file, or not a masks file of this format.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"masks file {path} does not exist; expected what `maskprune prune` wrote")
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error})") from None
+    if meta.get("format") != "maskprune-masks" or set(tensors) != {"head", "ffn"}:
+        raise ValueError(
+            f"{path} is not a masks file: it holds {sorted(tensors)}; expected `head` and `ffn` "
+            "as `maskprune prune` writes them"
+        )
+    if meta.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {meta.get('format_version')}; this maskprune reads "
+            f"{FORMAT_VERSION}; install the version that wrote it"
+        )
+    try:
+        shape = Shape(**json.loads(meta["shape"]))
+        masks = Masks(shape, meta["head_unit"], meta["family"], meta.get("source_model", ""))
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(
+            f"{path}: its header does not say a known family, head unit and shape ({error!r}); "
+            "the file is damaged, take the one that `maskprune prune` wrote"
+        ) from None
+    for name, value in tensors.items():
+        parameter = getattr(masks, name)
+        if parameter.shape != value.shape or value.dtype != torch.float32:
+            raise ValueError(
+                f"{path}: `{name}` is {value.dtype} {tuple(value.shape)}; its own header says "
+                f"float32 {tuple(parameter.shape)}; the file is damaged"
+            )
+        parameter.data.copy_(value)
+    return masks
+
+
+def attach_masks(
+    model: nn.Module,
+    head_unit: str = "kv_group",
+    *,
+    masks: Masks | None = None,
+    fused: bool | None = None,
+) -> Masks:
+    """Put masks on every head and FFN unit of a model of a known family.
+
+    With all masks 1 the logits stay those of the original, bit for bit in float32. Attach after
+    `get_peft_model`, else the adapter's path would not be masked, and before `torch.compile`.
+
+    Args:
+        model: transformers causal LM, or a PEFT model around one. Gains a submodule `maskprune`,
+            which `masks.detach()` removes.
+        head_unit: `kv_group` or `query_head`; ignored when `masks` are given.
+        masks: attach these (from `load_masks`) instead of new ones at 1.
+        fused: run the FFN activation and its mask as one operation; None fuses on CUDA.
+
+    Returns:
+        Masks, on the model's device.
+
+    Raises:
+        ValueError: unknown family, unknown unit, or masks of another shape or family.
+        RuntimeError: the model has masks already.
+    """
+    base = stock_model(model)
+    family, shape = family_of(base.config), shape_of(base.config)
+    if hasattr(base, "maskprune"):
+        raise RuntimeError("the model has masks already; call their detach() first")
+    device = next(base.parameters()).device
+    if masks is None:
+        source = getattr(base.config, "_name_or_path", "")
+        masks = Masks(shape, head_unit, family.model_type, source)
+    elif masks.shape != shape or masks.family != family.model_type:
+        raise ValueError(
+            f"the masks are of a {masks.family} with {masks.shape}; the model is a "
+            f"{family.model_type} with {shape}; use the masks that were trained on this model"
+        )
+    base.maskprune = masks.to(device)
+    masks._undo.append(lambda: delattr(base, "maskprune"))
+    fuse = (device.type == "cuda" if fused is None else fused) and family.gated
+    try:
+        for index, layer in enumerate(layers_of(base)):
+            _attach_layer(masks, index, layer, family, fuse, required=bool(fused))
+    except BaseException:
+        masks.detach()
+        raise
+    return masks
+
+
+def _attach_layer(
+    masks: Masks, index: int, layer: nn.Module, family: Family, fuse: bool, required: bool
+) -> None:
+    undo = masks._undo
+    if masks.head.numel():
+        module = attention_output(layer, family)
+        undo.append(module.register_forward_pre_hook(_head_hook(masks, index)).remove)
+        masks._hooked.append((module, partial(attention_output, layer, family)))
+    module = ffn_output(layer, family)
+    masks._hooked.append((module, partial(ffn_output, layer, family)))
+    mlp = get_submodule(layer, family.ffn)
+    # Unasked, an FFN that something else has patched keeps the hook; asked, it is refused.
+    if fuse and (required or not unfusable(mlp, family.activation)):
+        undo.append(fuse_ffn(mlp, family.activation, _ffn_getter(masks, index)))
+    else:
+        undo.append(module.register_forward_pre_hook(_ffn_hook(masks, index)).remove)
+
+
+def _ffn_getter(masks: Masks, layer: int) -> Callable[[], torch.Tensor | None]:
+    return lambda: masks.ffn[layer] if masks.enabled else None
+
+
+def _ffn_hook(masks: Masks, layer: int) -> Callable[..., tuple[Any, ...] | None]:
+    def scale_units(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not masks.enabled:
+            return None
+        return (args[0] * masks.ffn[layer].to(args[0].dtype), *args[1:])
+
+    return scale_units
+
+
+def _head_hook(masks: Masks, layer: int) -> Callable[..., tuple[Any, ...] | None]:
+    def scale_heads(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not masks.enabled:
+            return None
+        x, m = args[0], masks.layer_head(layer)
+        if x.is_cuda:
+            from maskprune import ops
+
+            return (ops.scale_heads(x, m), *args[1:])
+        scaled = x.unflatten(-1, (m.numel(), -1)) * m.to(x.dtype)[:, None]
+        return (scaled.flatten(-2), *args[1:])
+
+    return scale_heads

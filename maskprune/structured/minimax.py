@@ -1,0 +1,232 @@
+"""The minimax solver: masks, pruned fractions r, dual variables y and z, on the device."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from maskprune.hf.shape import Shape
+from maskprune.ops.minimax_step import FIELDS, INDEX, Rates, initial_state, minimax_step_
+from maskprune.structured.budget import Budget, Split
+from maskprune.structured.masks import Masks
+
+MODES = ("minimax", "scheduled")
+
+
+class Minimax:
+    """Algorithm 1 without its gradient step: call `step()` after `optimizer.step()`.
+
+    ```python
+    solver = Minimax(masks, Budget(model, sparsity=0.5), total_steps=1000)
+    for batch in data:
+        loss(batch).backward(); optimizer.step(); optimizer.zero_grad()
+        solver.step()
+    solver.finish()
+    ```
+
+    A step makes no host synchronisation and can be captured in a CUDA graph.
+
+    Args:
+        masks: from `attach_masks`; clamped and shrunk in place.
+        budget: the budget; its head unit must be that of the masks.
+        total_steps: T, the number of `step()` calls to come; the rates scale with it.
+        mode: `minimax` learns the split between heads and FFN; `scheduled` lowers the budget
+            linearly with equal fractions of both.
+        reach: share of T after which the budget is reached, about; the rest is recovery.
+        eta1: decay rate of the first step, independent of the masks' learning rate; a prox call
+            divides the pruned masks by 1 + 2 eta1 y, and eta1 rises geometrically to 10. None
+            decays a mask by about e^-20 within the ramp, 0.01 to 0.5.
+        interval: k, steps between two prox calls on FFN masks, falling linearly to 1; None takes
+            10, the paper's, and less below 2000 steps.
+        lock_gap: the share of the sparsity that may be missing when the shape snaps and locks.
+        backend: of `ops.minimax_step_`.
+
+    Raises:
+        ValueError: values out of range, or a budget of another model or unit.
+        RuntimeError: masks that an adapter has wrapped.
+
+    Source: MaskPrune (arXiv 2502.14008), Algorithm 1, in the normalised form of docs/method.md.
+    """
+
+    def __init__(
+        self,
+        masks: Masks,
+        budget: Budget,
+        total_steps: int,
+        *,
+        mode: str = "minimax",
+        reach: float = 0.3,
+        eta1: float | None = None,
+        interval: int | None = None,
+        lock_gap: float = 0.05,
+        backend: str = "auto",
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
+        if total_steps < 20:
+            raise ValueError(f"total_steps is {total_steps}; the schedule needs at least 20")
+        if not 0 < reach <= 0.9:
+            raise ValueError(f"reach is {reach}; expected a share of the run in (0, 0.9]")
+        if budget.shape != masks.shape:
+            raise ValueError(
+                f"the budget is of {budget.shape}, the masks are of {masks.shape}; make both from "
+                "the same model"
+            )
+        if masks.head.numel() and budget.head_unit != masks.head_unit:
+            raise ValueError(
+                f"the budget counts {budget.head_unit} units, the masks {masks.head_unit}; give "
+                "both the same head_unit"
+            )
+        masks.require_outermost()
+        self.masks = masks
+        self.budget = budget
+        self.mode = mode
+        self.backend = backend
+        device = masks.ffn.device
+        self.rates = Rates(
+            a_head=budget.a_head,
+            a_ffn=budget.a_ffn,
+            R_star=budget.R_star,
+            total_steps=total_steps,
+            eta1=eta1 or min(0.5, max(0.01, 10.0 / (reach * total_steps))),
+            eta1_end=10.0,
+            # r follows the price z / y within a tenth of the ramp.
+            eta2=10.0 / (reach * total_steps),
+            eta3=100.0 / total_steps,
+            eta4=1.0 / (reach * total_steps),
+            reach=reach,
+            interval=interval or max(1, min(10, total_steps // 200)),
+            lock_gap=lock_gap,
+            scheduled=mode == "scheduled",
+        )
+        self.state = initial_state(y0=1.0, z0=0.0, device=device)
+        self.table = budget.table(device)
+
+    def step(self) -> None:
+        """Clamp and shrink the masks, move r, y and z; after `optimizer.step()`."""
+        minimax_step_(
+            self.masks.head,
+            self.masks.ffn,
+            self.state,
+            self.table,
+            self.rates,
+            backend=self.backend,
+        )
+
+    def lock(self, split: Split) -> None:
+        """Take `split` for the final shape now; from here on only its masks shrink."""
+        values = {
+            "locked": 1.0,
+            "locked_at": 0.0,
+            "R": split.R,
+            "s_head": float(split.head),
+            "s_ffn": float(split.ffn),
+            "r_head": split.head / self.budget.head_units if self.budget.head_units else 0.0,
+            "r_ffn": split.ffn / self.budget.ffn_units,
+        }
+        for name, value in values.items():
+            self.state[INDEX[name]] = value
+
+    def read(self) -> dict[str, float]:
+        """Every scalar of the state by name; this synchronises with the device."""
+        return dict(zip(FIELDS, self.state.tolist(), strict=True))
+
+    @property
+    def locked(self) -> bool:
+        """Whether the budget is reached and the shape final; synchronises with the device."""
+        return bool(self.state[INDEX["locked"]].item())
+
+    def require_healthy(self) -> None:
+        """Raise if a step met NaN masks; synchronises with the device.
+
+        Raises:
+            RuntimeError: says at which step.
+        """
+        now = self.read()
+        if now["failed"]:
+            raise RuntimeError(
+                f"the masks became NaN at step {int(now['step'])}; the loss diverged; resume from "
+                "the last checkpoint with a lower learning rate"
+            )
+
+    def split(self) -> Split:
+        """The final split.
+
+        Raises:
+            RuntimeError: the budget is not reached yet.
+        """
+        now = self.read()
+        if not now["locked"]:
+            raise RuntimeError(
+                f"the budget is not reached: R = {now['R']:.4f}, R* = {self.budget.R_star:.4f} "
+                f"after {int(now['step'])} of {self.rates.total_steps} steps; train to the end"
+            )
+        return Split(int(now["s_head"]), int(now["s_ffn"]), now["R"])
+
+    def shape(self) -> Shape:
+        """The uniform shape that is left; see `split`."""
+        return self.budget.shape_after(self.split())
+
+    @torch.no_grad()
+    def residuals(self) -> dict[str, float]:
+        """Largest mask among those to be pruned, per kind; synchronises with the device."""
+        now, out = self.read(), {}
+        for name in ("head", "ffn"):
+            m, s = getattr(self.masks, name), math.ceil(now[f"s_{name}"])
+            out[name] = float(m.sort(dim=1).values[:, s - 1].max()) if m.numel() and s else 0.0
+        return out
+
+    @torch.no_grad()
+    def kept(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The masks of heads and FFN units as they are, the final split's least ones at 0.
+
+        Raises:
+            RuntimeError: the budget is not reached.
+        """
+        split = self.split()
+        out = []
+        for m, s in ((self.masks.head, split.head), (self.masks.ffn, split.ffn)):
+            # A kept mask that training drove to 0 would change the count; the least float
+            # keeps the unit without changing the function.
+            final = m.clamp(min=torch.finfo(torch.float32).tiny)
+            if m.numel():
+                final.scatter_(1, m.sort(dim=1, stable=True).indices[:, :s], 0.0)
+            out.append(final)
+        return out[0], out[1]
+
+    @torch.no_grad()
+    def finish(self) -> dict[str, float]:
+        """Set the pruned masks to exactly 0; returns what was left of them before.
+
+        Raises:
+            RuntimeError: the budget is not reached, or the masks are NaN.
+        """
+        self.require_healthy()
+        left = self.residuals()
+        for m, final in zip((self.masks.head, self.masks.ffn), self.kept(), strict=True):
+            m.copy_(final)
+        return left
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs besides the masks themselves."""
+        return {"state": self.state.clone(), "fields": list(FIELDS), "rates": vars(self.rates)}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Continue from `state_dict()` of a solver with the same settings.
+
+        Raises:
+            ValueError: it comes from other settings.
+        """
+        if list(saved["fields"]) != list(FIELDS) or dict(saved["rates"]) != vars(self.rates):
+            changed = {
+                name: (value, vars(self.rates).get(name))
+                for name, value in dict(saved["rates"]).items()
+                if vars(self.rates).get(name) != value
+            }
+            raise ValueError(
+                f"the saved solver has other settings (saved, now): {changed}; resume with those "
+                "of the first run"
+            )
+        self.state.copy_(saved["state"].to(self.state.device))

@@ -1,0 +1,312 @@
+"""The loop: Algorithm 1 on the Hugging Face Trainer, with checkpoints that resume to the bit."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, set_seed
+
+from maskprune.config import PruneConfig
+from maskprune.hf.families import family_of, output_names
+from maskprune.hf.shape import Shape
+from maskprune.structured.budget import Budget
+from maskprune.structured.callbacks import CompensationCallback, PruneCallback
+from maskprune.structured.compensation import compensate
+from maskprune.structured.distill import distill
+from maskprune.structured.export import export
+from maskprune.structured.masks import Masks, attach_masks
+from maskprune.structured.minimax import Minimax
+from maskprune.structured.saliency import one_shot, warm_start
+from maskprune.training.checkpoints import latest, load_solver, mark_complete, save_solver
+from maskprune.training.data import block_order
+from maskprune.training.progress import note
+from maskprune.training.trace import TraceCallback
+from maskprune.training.trainer import (
+    Blocks,
+    BlockTrainer,
+    as_blocks,
+    checkpoint_activations,
+    quiet_trainer,
+    total_steps,
+    training_arguments,
+    use_autocast,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class PruneResult:
+    """What `prune` gives back.
+
+    model: the stock pruned model. masks: attached to `masked_model`, pruned units exactly 0.
+    shape: the uniform shape. trace: a row per logged step. residuals: largest pruned mask before
+    it was set to 0, per kind. masked_model: the PEFT model under its masks, for the proof.
+    """
+
+    model: Any
+    masks: Masks
+    shape: Shape
+    trace: list[dict[str, Any]]
+    residuals: dict[str, float]
+    masked_model: Any
+    budget: Budget
+    steps: int
+
+
+class PruneTrainer(BlockTrainer):
+    """`Trainer` with the distillation loss, two parameter groups and whole checkpoints.
+
+    Use `PruneCallback` with it, or with a `Trainer` of your own, for the proximal step.
+    """
+
+    def __init__(self, *args: Any, masks: Masks, solver: Minimax, config: PruneConfig, **kw: Any):
+        super().__init__(*args, **kw)
+        self.masks, self.solver, self.config = masks, solver, config
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        if self.optimizer is None:
+            trained: Any = self.model
+            mask_ids = {id(p) for p in self.masks.parameters()}
+            weights = [p for p in trained.parameters() if p.requires_grad and id(p) not in mask_ids]
+            self.optimizer = torch.optim.AdamW(
+                [
+                    {"params": weights, "lr": self.config.learning_rate, "weight_decay": 0.0},
+                    {
+                        "params": list(self.masks.parameters()),
+                        "lr": self.config.mask_lr,
+                        "weight_decay": 0.0,
+                    },
+                ]
+            )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.lr_scheduler is None:
+            T, warmup = num_training_steps, max(1, round(self.config.warmup * num_training_steps))
+
+            def weights(step: int) -> float:
+                return min(1.0, (step + 1) / warmup) * (1 - step / T)
+
+            ramp = self.solver.rates.reach
+
+            # At full rate while the solver chooses; then the kept masks only settle.
+            def masks(step: int) -> float:
+                return min(1.0, (1 - step / T) / (1 - ramp))
+
+            target: Any = optimizer or self.optimizer
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(target, [weights, masks])
+        return self.lr_scheduler
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss = distill(
+            self.accelerator.unwrap_model(model) if self.config.alpha else model,
+            self.masks,
+            inputs["input_ids"],
+            alpha=self.config.alpha,
+            kl_direction=self.config.kl_direction,
+        )
+        self.last_loss = {
+            "loss": loss.total.detach(),
+            "kl": loss.kl.detach(),
+            "layer": loss.layer.detach(),
+        }
+        return (loss.total, {}) if return_outputs else loss.total
+
+    def require_finite(self) -> None:
+        """Raise on a NaN or infinite loss, or NaN masks; synchronises with the device."""
+        super().require_finite()
+        self.solver.require_healthy()
+
+    def trace_row(self, optimizer: Any) -> dict[str, Any]:
+        now, left = self.solver.read(), self.solver.residuals()
+        names = ("R", "y", "z", "r_head", "r_ffn", "s_head", "s_ffn", "interval", "shrink", "S")
+        return {name: now[name] for name in names} | {
+            "R_star": self.solver.budget.R_star,
+            "locked": bool(now["locked"]),
+            "residual_head": left["head"],
+            "residual_ffn": left["ffn"],
+            "width_spread": float((self.masks.ffn > 0.5).sum(1).double().std(correction=0)),
+            "lr": optimizer.param_groups[0]["lr"],
+            "mask_lr": optimizer.param_groups[1]["lr"],
+        }
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.require_finite()
+        super()._save_checkpoint(model, trial)
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        if self.is_world_process_zero():
+            save_solver(folder, dict(self.masks.named_parameters()), self.solver.state_dict())
+            mark_complete(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        values, state = load_solver(Path(resume_from_checkpoint))
+        for name, parameter in self.masks.named_parameters():
+            parameter.data.copy_(values[name])
+        self.solver.load_state_dict(state)
+
+
+def prune(
+    model: nn.Module,
+    tokenizer: Any,
+    data: Any,
+    config: PruneConfig,
+    *,
+    run_dir: str | Path | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+) -> PruneResult:
+    """Prune a model with MaskPrune: learn the masks under the budget, give back a stock model.
+
+    Args:
+        model: a transformers causal LM of a known family. It ends with adapters and masks on it;
+            reload it where the original is needed.
+        tokenizer: its tokenizer; not used when `data` is token blocks already.
+        data: a text source as `token_blocks` takes it, or (n, seq_len) int64 token blocks.
+        config: the settings.
+        run_dir: where checkpoints and the trace go; a temporary folder where None.
+        resume: continue from the newest whole checkpoint in `run_dir`.
+        quiet: show no progress.
+
+    Returns:
+        PruneResult; its model's layers are uniform and meet the budget.
+
+    Raises:
+        ValueError: settings or data that cannot work, said before any training.
+        FloatingPointError: the loss diverged; says at which step, checkpoints stay.
+
+    Source: MaskPrune (arXiv 2502.14008), Algorithm 1 and section 3.3.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    core: Any = model
+    budget = Budget(
+        core,
+        config.sparsity,
+        head_unit=config.head_unit,
+        multiple_of=config.multiple_of,
+        head_sparsity=config.head_sparsity,
+        ffn_sparsity=config.ffn_sparsity,
+        arch_fallback=config.arch_fallback,
+    )
+    blocks = as_blocks(data, tokenizer, config)
+    steps = total_steps(config, len(blocks))
+    order = block_order(len(blocks), config.batch_size, steps, config.seed, seq_len=config.seq_len)
+
+    set_seed(config.seed)
+    device = next(core.parameters()).device
+    core.config.use_cache = False
+    targets = [name.strip() for name in config.lora_targets.split(",")]
+    family = family_of(core.config)
+    outputs = {
+        name: config.output_r
+        for name in output_names(family)[0 if family.prunes_heads else 1 :]
+        if targets == ["all-linear"]
+        or any(name.endswith(t) or t.endswith(f".{name}") for t in targets)
+    }
+    peft_model: Any = get_peft_model(
+        core,
+        LoraConfig(
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha,
+            rank_pattern=outputs,
+            alpha_pattern=outputs,
+            target_modules="all-linear" if targets == ["all-linear"] else targets,
+        ),
+    )
+    if config.gradient_checkpointing:
+        checkpoint_activations(core)
+    masks = attach_masks(peft_model, config.head_unit)
+    reach = config.reach or (0.6 if config.warm_start == "none" else 0.1)
+    solver = Minimax(
+        masks,
+        budget,
+        steps,
+        mode=config.mode,
+        reach=reach,
+        eta1=config.eta1,
+        interval=config.interval,
+    )
+    autocast = use_autocast(config, core, device)
+
+    with contextlib.ExitStack() as stack:
+        if run_dir is None:
+            run_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="maskprune-"))
+        run = Path(run_dir)
+        run.mkdir(parents=True, exist_ok=True)
+        checkpoint = latest(run) if resume else None
+        learned = config.method == "maskprune"
+        masks.requires_grad_(learned)
+        sample = blocks[: config.warm_start_blocks].to(device)
+
+        def computing() -> torch.autocast:
+            return torch.autocast(device.type, torch.bfloat16, enabled=autocast)
+
+        def compensation() -> list[nn.Parameter]:
+            tokens = config.compensation_tokens or 32 * masks.shape.ffn
+            fitted = blocks[: -(-tokens // blocks.shape[1])].to(device)
+            note(f"compensating for the pruned units on {fitted.numel():,} tokens", quiet)
+            with computing():
+                return compensate(peft_model, masks, solver.kept(), fitted)
+
+        callbacks: list[TrainerCallback] = [PruneCallback(solver, config.max_grad_norm)]
+        if checkpoint is None:
+            ranking = config.warm_start if learned else config.method
+            if ranking != "none":
+                note(f"ranking the units by {ranking} on {sample.numel():,} tokens", quiet)
+            with computing():
+                if learned:
+                    warm_start(config.warm_start, peft_model, masks, budget, sample)
+                else:
+                    solver.lock(one_shot(config.method, peft_model, masks, budget, sample))
+            if config.compensate and solver.locked:
+                compensation()
+        if config.compensate and learned:
+            callbacks.append(CompensationCallback(solver, compensation))
+        trace = TraceCallback(run / "trace.jsonl", config, quiet, _progress_line)
+        trainer = PruneTrainer(
+            model=peft_model,
+            args=training_arguments(config, run, steps, device, autocast),
+            train_dataset=Blocks(blocks, order),
+            callbacks=[*callbacks, trace],
+            masks=masks,
+            solver=solver,
+            config=config,
+        )
+        trace.trainer = trainer
+        with quiet_trainer():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        # Trainer leaves its autocast around forward; the proof must run at full precision.
+        trainer.accelerator.unwrap_model(peft_model, keep_fp32_wrapper=False)
+    residuals = solver.finish()
+    peft_model.eval()
+    core.config.use_cache = True
+    return PruneResult(
+        model=export(peft_model, masks, arch_fallback=config.arch_fallback),
+        masks=masks,
+        shape=solver.shape(),
+        trace=trace.rows,
+        residuals=residuals,
+        masked_model=peft_model,
+        budget=budget,
+        steps=steps,
+    )
+
+
+def _progress_line(row: dict[str, Any]) -> str:
+    """Loss, R against R*, y, z, uniformity, tokens/s."""
+    text = (
+        f"loss {row['loss']:.3f} R {row['R']:.3f}>{row['R_star']:.3f} y {row['y']:.2f} "
+        f"z {row['z']:.2f} spread {row['width_spread']:.1f} {row['tokens_per_s']:.0f} tok/s"
+    )
+    return text + " locked" if row["locked"] else text

@@ -1,0 +1,250 @@
+"""Starting masks from a one-shot ranking: short runs choose poorly when every mask starts at 1.
+
+Not in the paper, whose masks start at 1; `--warm-start none` is the paper's run. Letters: m masks,
+rho saliency per weight freed, a a kind's share of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from maskprune.hf.families import FAMILIES, attention_output, ffn_output, layers_of, stock_model
+from maskprune.structured.budget import Budget, Split
+from maskprune.structured.masks import Masks
+
+WARM_STARTS = ("none", "wanda-sp", "taylor")
+
+Saliency = tuple[torch.Tensor, torch.Tensor]
+
+
+class Observer:
+    """Hooks that show, for each layer, the inputs of W_O and W_down and their gradients."""
+
+    def __init__(self, model: nn.Module, family: Any, see: Callable[..., None]) -> None:
+        self.handles = []
+        for index, layer in enumerate(layers_of(model)):
+            for kind, module in (
+                ("head", attention_output(layer, family)),
+                ("ffn", ffn_output(layer, family)),
+            ):
+                hook = self._hook(kind, index, see)
+                self.handles.append(module.register_forward_pre_hook(hook))
+
+    @staticmethod
+    def _hook(kind: str, index: int, see: Callable[..., None]) -> Callable[..., Any]:
+        def watch(module: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
+            x = args[0]
+            if not torch.is_grad_enabled():
+                see(kind, index, module, x.detach(), None)
+                return None
+            if not x.requires_grad:
+                x = x.detach().requires_grad_()
+            x.register_hook(lambda g: see(kind, index, module, x.detach(), g))
+            return (x, *args[1:])
+
+        return watch
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+# A step's logits are the largest thing in memory: vocabulary x tokens x 4 bytes, several times.
+TOKENS_AT_ONCE = 512
+
+
+def taylor(model: nn.Module, masks: Masks, blocks: torch.Tensor) -> Saliency:
+    """Second-order saliency of removing a unit, from the diagonal Fisher information of its mask.
+
+    At masks of 1 the distillation loss is flat and its Hessian is the Fisher information, so
+    removing unit i costs about F_i / 2 with F_i = sum over tokens of (dL/dh_i * h_i)^2, h_i the
+    unit's activation and L the language-model loss summed over tokens.
+
+    Args:
+        blocks: (n, T) token ids on the model's device.
+
+    Returns:
+        head (L, H) per query head, ffn (L, F), float32; comparable with each other.
+    """
+    base = stock_model(model)
+    shape = masks.shape
+    device = blocks.device
+    head = torch.zeros(shape.layers, shape.heads, device=device)
+    ffn = torch.zeros(shape.layers, shape.ffn, device=device)
+
+    def see(kind: str, layer: int, module: nn.Module, x: torch.Tensor, g: Any) -> None:
+        salience = x.float() * g.float()
+        if kind == "head":
+            salience = salience.unflatten(-1, (shape.heads, shape.head_dim)).sum(-1)
+        (head if kind == "head" else ffn)[layer] += salience.pow(2).flatten(0, -2).sum(0)
+
+    training = model.training
+    frozen = [p for p in model.parameters() if p.requires_grad]
+    for p in frozen:
+        p.requires_grad_(False)
+    model.eval()
+    try:
+        with torch.enable_grad(), masks.off(), Observer(model, FAMILIES[masks.family], see):
+            for ids in blocks.split(max(1, TOKENS_AT_ONCE // blocks.shape[1])):
+                embedded = base.get_input_embeddings()(ids).detach().requires_grad_()
+                logits = model(inputs_embeds=embedded, use_cache=False).logits
+                loss = functional.cross_entropy(
+                    logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum"
+                )
+                loss.backward()
+    finally:
+        model.train(training)
+        for p in frozen:
+            p.requires_grad_(True)
+    return head, ffn
+
+
+@torch.no_grad()
+def wanda_sp(model: nn.Module, masks: Masks, blocks: torch.Tensor) -> Saliency:
+    """Wanda-sp's saliency: mean over rows of |W_ij| ||x_j||_2, summed over a head's columns.
+
+    Scores W_O's columns for heads and W_down's for FFN units (FLAP's baseline of that name), from
+    the unpruned model's activations throughout.
+
+    Returns:
+        head (L, H) per query head, ffn (L, F), float32; comparable within a row only.
+    """
+    family, shape = FAMILIES[masks.family], masks.shape
+    squares: dict[tuple[str, int], torch.Tensor] = {}
+
+    def see(kind: str, layer: int, module: nn.Module, x: torch.Tensor, g: Any) -> None:
+        total = x.float().pow(2).flatten(0, -2).sum(0)
+        squares[kind, layer] = squares.get((kind, layer), 0) + total
+
+    training = model.training
+    model.eval()
+    try:
+        with masks.off(), Observer(model, family, see):
+            for ids in blocks.split(max(1, TOKENS_AT_ONCE // blocks.shape[1])):
+                model(input_ids=ids, use_cache=False)
+    finally:
+        model.train(training)
+    head = torch.zeros(shape.layers, shape.heads, device=blocks.device)
+    ffn = torch.zeros(shape.layers, shape.ffn, device=blocks.device)
+    for index, layer in enumerate(layers_of(model)):
+        for kind, module in (
+            ("head", attention_output(layer, family)),
+            ("ffn", ffn_output(layer, family)),
+        ):
+            weight: Any = getattr(module, "base_layer", module).weight
+            columns = weight.float().abs().mean(1 if family.transposed else 0)
+            score = columns * squares[kind, index].sqrt()
+            if kind == "head":
+                head[index] = score.view(shape.heads, shape.head_dim).sum(1)
+            else:
+                ffn[index] = score
+    return head, ffn
+
+
+def unit_saliency(head: torch.Tensor, masks: Masks) -> torch.Tensor:
+    """Saliency per head unit, in the shape of `masks.head`, from (L, H) per query head."""
+    shape = masks.shape
+    groups = head.view(shape.layers, shape.kv_heads, -1)
+    if masks.head_unit == "kv_group":
+        return groups.sum(-1)
+    return groups.flatten(0, 1)
+
+
+@torch.no_grad()
+def start_masks(
+    masks: Masks,
+    budget: Budget,
+    saliency: Saliency,
+    *,
+    low: float = 0.5,
+    candidates: float = 1.5,
+    across_kinds: bool = True,
+) -> None:
+    """Set each mask to low + (1 - low) * min(1, g / (candidates * sparsity)).
+
+    g is the unit's place in the order of saliency per weight freed, as a share of all prunable
+    weights: of both kinds together if the saliencies compare (`across_kinds`), else of its own.
+    Rows are added up by rank first, since every row loses the same number. So the cheapest units
+    start lowest, units far from the budget start at exactly 1 and leave the model as it is, and
+    the price m^2_next that the solver compares between heads and FFN means the same in both.
+
+    Args:
+        saliency: per query head (L, H), per FFN unit (L, F).
+        low: mask of the least salient unit.
+        candidates: multiple of the sparsity up to which units start below 1.
+    """
+    kinds = []
+    if masks.head.numel():
+        freed = budget.a_head / budget.head_units
+        kinds.append((masks.head, unit_saliency(saliency[0], masks), freed))
+    kinds.append((masks.ffn, saliency[1], budget.a_ffn / budget.ffn_units))
+    # The sum over rows of the j-th smallest: what pruning one more unit everywhere would cost.
+    curves = [rho.sort(dim=1).values.sum(0) / freed for _, rho, freed in kinds]
+    reach = candidates * budget.sparsity
+    for number, (m, rho, _) in enumerate(kinds):
+        others = range(len(kinds)) if across_kinds else (number,)
+        g = torch.zeros_like(curves[number])
+        for other in others:
+            _, _, freed = kinds[other]
+            cheaper = torch.searchsorted(curves[other].contiguous(), curves[number], right=True)
+            g += cheaper * freed
+        if not across_kinds:
+            g /= kinds[number][2] * curves[number].numel()
+        start = low + (1 - low) * (g / reach).clamp(max=1.0)
+        m.copy_(start[rho.argsort(dim=1, stable=True).argsort(dim=1)])
+
+
+def nearest_equal(budget: Budget) -> Split:
+    """The legal split that is nearest to equal fractions of both kinds, as Wanda-sp prunes."""
+    r = budget.sparsity / (budget.a_head + budget.a_ffn)
+
+    def away(split: Split) -> float:
+        heads = split.head / budget.head_units if budget.head_units else r
+        ffn = split.ffn / budget.ffn_units
+        return budget.a_head * abs(heads - r) + budget.a_ffn * abs(ffn - r)
+
+    return min(budget.splits, key=away)
+
+
+@torch.no_grad()
+def one_shot(
+    kind: str, model: nn.Module, masks: Masks, budget: Budget, blocks: torch.Tensor
+) -> Split:
+    """Set the least salient units of every row to 0 and all others to 1; returns the split.
+
+    With `wanda-sp` and the adapters' training after it, this is the baseline that a learned
+    method has to beat.
+    """
+    saliency = (taylor if kind == "taylor" else wanda_sp)(model, masks, blocks)
+    split = nearest_equal(budget)
+    ranked = [(masks.ffn, saliency[1], split.ffn)]
+    if masks.head.numel():
+        ranked.append((masks.head, unit_saliency(saliency[0], masks), split.head))
+    for m, rho, n in ranked:
+        m.fill_(1.0)
+        m.scatter_(1, rho.argsort(dim=1, stable=True)[:, :n], 0.0)
+    return split
+
+
+def warm_start(
+    kind: str, model: nn.Module, masks: Masks, budget: Budget, blocks: torch.Tensor
+) -> None:
+    """Start the masks from `kind`: none, wanda-sp or taylor.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    if kind not in WARM_STARTS:
+        raise ValueError(f"warm_start is {kind!r}; expected one of {', '.join(WARM_STARTS)}")
+    if kind == "taylor":
+        start_masks(masks, budget, taylor(model, masks, blocks))
+    elif kind == "wanda-sp":
+        start_masks(masks, budget, wanda_sp(model, masks, blocks), across_kinds=False)

@@ -1,0 +1,72 @@
+"""A Trainer callback: the trace of a run, and its progress."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from maskprune.training.progress import Progress
+
+
+class TraceCallback(TrainerCallback):
+    """Writes the trace and shows the progress; stops at a loss that is not finite.
+
+    Args:
+        config: settings with `logging_steps`, `batch_size` and `seq_len`.
+        line: the numbers of a row that a person sees.
+    """
+
+    def __init__(
+        self, path: Path, config: Any, quiet: bool, line: Callable[[dict[str, Any]], str]
+    ) -> None:
+        self.path, self.config, self.quiet, self.line = path, config, quiet, line
+        self.rows: list[dict[str, Any]] = []
+        self.trainer: Any = None
+        self.progress: Progress | None = None
+        self.mark = (0, 0.0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        if self.path.is_file():
+            rows = [json.loads(line) for line in self.path.read_text().splitlines()]
+            self.rows = [row for row in rows if row["step"] <= state.global_step]
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        self.progress = Progress(args.max_steps, state.global_step, self.quiet)
+        self.mark = (state.global_step, time.monotonic())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        assert self.progress is not None
+        self.progress.advance()
+        done = state.global_step
+        due = done == 1 or done % self.config.logging_steps == 0 or done == args.max_steps
+        # On the CPU the check is free; on a GPU it would stall every step.
+        if due or args.device.type == "cpu":
+            self.trainer.require_finite()
+        if not due:
+            return
+        row = self.row(done, kw["optimizer"])
+        self.rows.append(row)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self.progress.show(done, self.line(row))
+
+    def row(self, done: int, optimizer: Any) -> dict[str, Any]:
+        """The state of the run after `done` steps."""
+        steps, since = done - self.mark[0], time.monotonic() - self.mark[1]
+        self.mark = (done, time.monotonic())
+        tokens = steps * self.config.batch_size * self.config.seq_len
+        losses = {name: value.item() for name, value in self.trainer.last_loss.items()}
+        return (
+            {"step": done}
+            | losses
+            | self.trainer.trace_row(optimizer)
+            | {"tokens_per_s": tokens / max(since, 1e-9)}
+        )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        if self.progress:
+            self.progress.close()

@@ -1,0 +1,140 @@
+"""What the training loops share: token blocks on the Hugging Face Trainer, and its arguments."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from maskprune.training.data import token_blocks
+from maskprune.training.speed import bfloat16_is_faster
+
+
+class Blocks(Dataset[dict[str, torch.Tensor]]):
+    """Token blocks in the order in which the steps read them."""
+
+    def __init__(self, blocks: torch.Tensor, order: torch.Tensor) -> None:
+        self.blocks, self.order = blocks, order.flatten()
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.blocks[self.order[index]]}
+
+
+class BlockTrainer(Trainer):
+    """`Trainer` over `Blocks` in their order, that stops at a loss which is not finite.
+
+    `TraceCallback` wants `trace_row(optimizer)` of its children: what the trace says of the run
+    beside `last_loss`.
+    """
+
+    def __init__(self, *args: Any, **kw: Any) -> None:
+        super().__init__(*args, **kw)
+        self.model_accepts_loss_kwargs = False
+        self.last_loss: dict[str, torch.Tensor] = {}
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+
+    def _get_train_sampler(self, *_: Any) -> Any:
+        blocks: Any = self.train_dataset
+        return SequentialSampler(blocks)
+
+    def require_finite(self) -> None:
+        """Raise on a NaN or infinite loss; synchronises with the device."""
+        if self.last_loss and not torch.isfinite(self.last_loss["loss"]):
+            raise FloatingPointError(
+                f"the loss is {self.last_loss['loss'].item()} at step {self.state.global_step};"
+                " the last good checkpoint is kept: go on from it with --resume and a lower "
+                "--learning-rate"
+            )
+
+
+def as_blocks(data: Any, tokenizer: Any, config: Any) -> torch.Tensor:
+    """(n, seq_len) int64 token blocks: `data` itself, or made of a text source by the settings."""
+    if isinstance(data, torch.Tensor):
+        return data
+    return token_blocks(
+        data, tokenizer, config.seq_len, num_tokens=config.max_tokens, seed=config.seed
+    )
+
+
+def total_steps(config: Any, n_blocks: int, epochs: float = 7.0) -> int:
+    """Optimizer steps of a run on `n_blocks` blocks: the settings' `steps`, `epochs`, or these."""
+    if config.steps is not None:
+        return int(config.steps)
+    epochs = config.epochs or epochs
+    steps = int(epochs * n_blocks / config.batch_size)
+    if steps < 20:
+        raise ValueError(
+            f"{epochs} epochs of {n_blocks} blocks are {steps} steps of {config.batch_size}; the "
+            "schedule needs at least 20: give more data or --steps"
+        )
+    return steps
+
+
+def checkpoint_activations(model: Any) -> None:
+    # transformers renamed it within version 5.
+    new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"
+    getattr(model, new if hasattr(model, new) else old)({"use_reentrant": False})
+
+
+def use_autocast(config: Any, model: Any, device: torch.device) -> bool:
+    """Whether to compute in bfloat16: as asked, else where it is faster on this machine."""
+    if config.autocast != "auto":
+        return config.autocast == "bfloat16"
+    if device.type != "cpu":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return bfloat16_is_faster(model.config.hidden_size, config.seq_len)
+
+
+def training_arguments(
+    config: Any, run: Path, steps: int, device: torch.device, autocast: bool
+) -> TrainingArguments:
+    micro = config.batch_size // config.gradient_accumulation
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if micro % world:
+        raise ValueError(f"batch_size {micro} per micro-batch does not divide over {world} devices")
+    arguments = TrainingArguments(
+        output_dir=str(run),
+        max_steps=steps,
+        per_device_train_batch_size=micro // world,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        max_grad_norm=0.0,
+        bf16=autocast,
+        use_cpu=device.type == "cpu",
+        seed=config.seed,
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        save_total_limit=2,
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        average_tokens_across_devices=False,
+    )
+    # A process that sees several GPUs would be given DataParallel, whose copies have no masks.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+@contextlib.contextmanager
+def quiet_trainer() -> Iterator[None]:
+    """Trainer's own notes about checkpoints would tear the progress bar."""
+    noisy = logging.getLogger("transformers.trainer")
+    before = noisy.level
+    noisy.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        noisy.setLevel(before)

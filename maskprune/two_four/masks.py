@@ -1,0 +1,242 @@
+"""Learnable 2:4 masks on the linears of a model: their logits, the sample of a forward, the choice.
+
+Legend: W (O, I) weight - pi (6, O, I / 4) logits, a plane per candidate - M0 prior mask -
+kappa scale of the logits, tau temperature (MaskLLM, arXiv 2409.17481, section 3.2).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from maskprune.hf.families import stock_model
+from maskprune.ops import gumbel_two_four
+from maskprune.two_four.patterns import CANDIDATES, mask_of, oriented, prunable
+
+MODES = ("sample", "hard", "off")
+
+
+class _Masked(nn.Module):
+    """The parametrization of one weight: W to W * m."""
+
+    norm_sq: torch.Tensor
+
+    def __init__(self, logits: torch.Tensor, seed: torch.Tensor, owner: TwoFourMasks, turned: bool):
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+        self.seed, self.turned = seed, turned
+        # In a tuple, so that it does not become a submodule of its own part.
+        self.owner = (owner,)
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        owner = self.owner[0]
+        if owner.mode == "off":
+            return weight
+        W = weight.T if self.turned else weight
+        if owner.mode == "hard":
+            masked = W.masked_fill(~mask_of(self.logits.argmax(0)), 0.0)
+        else:
+            masked, self.norm_sq = gumbel_two_four(
+                W, self.logits, self.seed, owner.kappa, owner.tau
+            )
+        return masked.T if self.turned else masked
+
+
+class TwoFourMasks:
+    """The masks of a model that `attach_two_four` put on it.
+
+    `mode` says what a forward sees: `sample`, a soft mask drawn by `draw`; `hard`, the most likely
+    candidate of each group; `off`, the dense weights. Weights stay frozen throughout.
+    """
+
+    def __init__(self, model: nn.Module, seed: int) -> None:
+        self.mode = "sample"
+        self.modules: dict[str, Any] = prunable(model)
+        device = next(model.parameters()).device
+        self.kappa = torch.tensor(1.0, device=device)
+        self.tau = torch.tensor(1.0, device=device)
+        numbers = torch.arange(len(self.modules), dtype=torch.int64)
+        # The high half of a Philox key names the run and the weight, the low half the draw.
+        self._streams = ((seed % 32_768 * 65_536 + numbers) << 32).to(device)
+        self._seeds = self._streams.clone()
+        self._trained = [p for p in model.parameters() if p.requires_grad]
+        self._last: dict[str, torch.Tensor] = {}
+
+    def _parts(self) -> Iterator[tuple[str, Any]]:
+        for name, module in self.modules.items():
+            yield name, module.parametrizations.weight[0]
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The logits (6, O, I / 4) float32, by the name of their linear in the stock model."""
+        return {name: part.logits for name, part in self._parts()}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All logits."""
+        return list(self.named_parameters().values())
+
+    def schedule(self, kappa: float, tau: float) -> None:
+        """Set the scale of the logits and the temperature of the samples to come."""
+        self.kappa.fill_(kappa)
+        self.tau.fill_(tau)
+
+    def draw(self, number: int) -> None:
+        """Choose the noise of the samples to come; each forward of a run takes a new number."""
+        torch.add(self._streams, number % 2**32, out=self._seeds)
+
+    @contextlib.contextmanager
+    def seen_as(self, mode: str) -> Iterator[None]:
+        """Let forwards see `sample`, `hard` or `off` within the context.
+
+        Raises:
+            ValueError: another mode.
+        """
+        if mode not in MODES:
+            raise ValueError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
+        before, self.mode = self.mode, mode
+        try:
+            yield
+        finally:
+            self.mode = before
+
+    def kept_norms(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(sum over weights of ||W m||, sum of ||W m||^2) of the last forward; 0-dim float32."""
+        squares = torch.stack([part.norm_sq for _, part in self._parts()])
+        # The root has no slope at 0, where a weight is all zeros.
+        norms = torch.where(squares > 0, squares, 1.0).sqrt() * (squares > 0)
+        return norms.sum(), squares.sum()
+
+    @torch.no_grad()
+    def dense_norm(self) -> torch.Tensor:
+        """Sum over weights of ||W||; 0-dim float32."""
+        norms = [
+            module.parametrizations.weight.original.float().norm()
+            for module in self.modules.values()
+        ]
+        return torch.stack(norms).sum()
+
+    @torch.no_grad()
+    def choice(self) -> dict[str, torch.Tensor]:
+        """The masks: of each group the candidate of the largest logit; (O, I) bool by name."""
+        return {name: mask_of(part.logits.argmax(0)) for name, part in self._parts()}
+
+    @torch.no_grad()
+    def statistics(self) -> dict[str, float]:
+        """How settled the masks are; synchronises with the device.
+
+        Returns:
+            max_prob: mean over groups of the largest of softmax(kappa pi / tau).
+            changed: share of groups whose choice is not that of the last call; 0 at the first.
+        """
+        total, changed, groups = 0.0, 0, 0
+        for name, part in self._parts():
+            largest, best = (part.logits * (self.kappa / self.tau)).softmax(0).max(0)
+            best = best.to(torch.uint8)
+            total += float(largest.sum(dtype=torch.float64))
+            if name in self._last:
+                changed += int((best != self._last[name]).sum())
+            groups += best.numel()
+            self._last[name] = best
+        return {"max_prob": total / max(groups, 1), "changed": changed / max(groups, 1)}
+
+    def detach(self) -> None:
+        """Take the masks off; the model is as it was."""
+        for module in self.modules.values():
+            if parametrize.is_parametrized(module, "weight"):
+                parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+        for p in self._trained:
+            p.requires_grad_(True)
+
+
+@torch.no_grad()
+def start_logits(
+    shape: tuple[int, ...],
+    prior: torch.Tensor | None,
+    *,
+    std: float,
+    strength: float,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """pi ~ N(0, std^2), plus strength * std(pi) * (<M0, candidate> - 1) with a prior M0.
+
+    The overlap <M0, candidate> is 0, 1 or 2, in the mean 1. A prior does not decide the choice:
+    with strength 3 about one group in twenty starts with another candidate.
+
+    Args:
+        shape: (O, I) of the weight.
+        prior: M0 (O, I) bool, 2:4; or None.
+
+    Returns:
+        (6, O, I / 4) float32.
+
+    Source: MaskLLM, arXiv 2409.17481, section 3.3, the mask prior.
+    """
+    rows, groups = shape[0], shape[1] // 4
+    pi = torch.empty(6, rows, groups).normal_(0.0, std, generator=generator)
+    if prior is not None and pi.numel():
+        M0 = prior.cpu().view(rows, groups, 4).float()
+        overlap = torch.einsum("oji,ki->koj", M0, CANDIDATES.float())
+        pi += (overlap - 1.0) * (strength * pi.std())
+    return pi
+
+
+def attach_two_four(
+    model: nn.Module,
+    prior: dict[str, torch.Tensor] | None = None,
+    *,
+    strength: float = 8.0,
+    std: float = 0.01,
+    seed: int = 0,
+) -> TwoFourMasks:
+    """Put learnable 2:4 masks on every linear of the blocks, and freeze the weights.
+
+    Train `masks.parameters()`; before each forward call `masks.schedule` and `masks.draw`. The
+    masks join the model as torch parametrizations of its weights, so compile, checkpointing and
+    autocast see ordinary linears.
+
+    Args:
+        model: transformers causal LM of a known family, without adapters.
+        prior: (O, I) bool masks by name, as `one_shot_masks` gives them; None: no prior.
+        strength, std: see `start_logits`.
+        seed: of the logits, and of the samples.
+
+    Returns:
+        TwoFourMasks, in mode `sample`.
+
+    Raises:
+        ValueError: an unknown family, a width that 4 does not divide, a prior of other weights.
+        RuntimeError: the model has 2:4 masks or adapters already.
+
+    Source: MaskLLM, arXiv 2409.17481, section 3.2.
+    """
+    if stock_model(model) is not model:
+        raise RuntimeError("the model has adapters; merge them first: model.merge_and_unload()")
+    masks = TwoFourMasks(model, seed)
+    if any(parametrize.is_parametrized(m, "weight") for m in masks.modules.values()):
+        raise RuntimeError("the model has 2:4 masks already; call their detach() first")
+    shapes = {name: tuple(oriented(m).shape) for name, m in masks.modules.items()}
+    if prior is not None:
+        found = {name: tuple(mask.shape) for name, mask in prior.items()}
+        if found != shapes:
+            name = next(n for n in [*shapes, *found] if shapes.get(n) != found.get(n))
+            raise ValueError(
+                f"the prior has {found.get(name, 'nothing')} for {name}, the model "
+                f"{shapes.get(name, 'no such weight')}; use masks that were made on this model"
+            )
+    generator = torch.Generator().manual_seed(seed)
+    model.requires_grad_(False)
+    for index, (name, module) in enumerate(masks.modules.items()):
+        pi = start_logits(
+            shapes[name],
+            None if prior is None else prior[name],
+            std=std,
+            strength=strength,
+            generator=generator,
+        ).to(masks.kappa.device)
+        part = _Masked(pi, masks._seeds[index], masks, turned=not isinstance(module, nn.Linear))
+        parametrize.register_parametrization(module, "weight", part, unsafe=True)
+    return masks

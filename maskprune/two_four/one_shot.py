@@ -1,0 +1,268 @@
+"""2:4 masks in one pass over calibration text: magnitude, Wanda and SparseGPT.
+
+Wanda (arXiv 2306.11695) and SparseGPT (arXiv 2301.00774) go block by block, each block from what
+the pruned blocks before it put out. Letters: W (O, I) weight, X (I, tokens) its inputs over n
+sequences.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from maskprune.hf.families import layers_of, stock_model
+from maskprune.two_four.matrices import (
+    full_float32,
+    inverse_factor,
+    prune_columns,
+    wanda_scores,
+)
+from maskprune.two_four.patterns import hard_mask, oriented, prunable
+
+METHODS = ("magnitude", "wanda", "sparsegpt")
+
+# What a block's activations and attention scores take grows with it.
+TOKENS_AT_ONCE = 2048
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+# Linears that read the same tensor, and the sum over tokens of x^2 (I,) or x x^T (I, I).
+Group = tuple[list[str], torch.Tensor]
+
+
+@torch.no_grad()
+def one_shot_masks(
+    model: nn.Module,
+    method: str,
+    blocks: torch.Tensor | None = None,
+    *,
+    update: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, torch.Tensor]:
+    """A 2:4 mask for every prunable linear: magnitude |W|, Wanda |W_ij| ||X_j||, or SparseGPT.
+
+    Block by block, as both papers do: the inputs of all linears of a block are seen with the
+    block's weights as they are, then all are pruned, and what the pruned block puts out is what
+    the next one reads. Adapters that are active take part in the forward; the base layers are
+    pruned. Holds the hidden states of all tokens and the statistics of one block.
+
+    Args:
+        model: transformers causal LM of a known family, or a PEFT model around one.
+        method: one of `METHODS`.
+        blocks: (n, T) int64 token ids on the CPU or the model's device; magnitude needs none.
+        update: SparseGPT only: also write the updated weights W_hat.
+        progress: called with the blocks done and of how many, after each; magnitude does not.
+
+    Returns:
+        (O, I) bool by the names of `prunable(model)`, on the model's device, exactly 2 of every 4
+        kept. Without `update` the model is as before, bit for bit, after an error too; with it, an
+        error leaves the weights of the blocks that were done updated and all others as before.
+
+    Raises:
+        ValueError: an unknown method, blocks that do not fit, a model that has no 2:4 pattern, NaN
+            among the weights, or an H without a usable inverse.
+        FloatingPointError: activations that are not finite; names the linear that reads them.
+    """
+    _require(method, blocks, update)
+    linears = prunable(model)
+    masks: dict[str, torch.Tensor] = {}
+    if blocks is None or method == "magnitude":
+        for name, module in linears.items():
+            with _named(name):
+                masks[name] = hard_mask(oriented(module).abs())
+        return masks
+    layers = layers_of(model)
+    with _undisturbed(model):
+        hidden, calls = _first_inputs(model, layers, blocks)
+        for index, layer in enumerate(layers):
+            inside = set(layer.modules())
+            own = {name: module for name, module in linears.items() if module in inside}
+            run = _runner(layer, hidden, [calls[len(x)][index] for x in hidden])
+            groups = _statistics(own, run, gram=method == "sparsegpt")
+            with _restored(own, keep=update):
+                for names, total in groups:
+                    masks |= _prune(method, {n: own[n] for n in names}, total, len(blocks), update)
+                # Nobody reads what the last block puts out.
+                if layer is not layers[-1]:
+                    run(True)
+            del groups
+            if progress:
+                progress(index + 1, len(layers))
+    return {name: masks[name] for name in linears}
+
+
+def _require(method: str, blocks: torch.Tensor | None, update: bool) -> None:
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
+    if update and method != "sparsegpt":
+        raise ValueError(f"update=True with {method}; only sparsegpt updates weights")
+    if method == "magnitude":
+        return
+    given = None if blocks is None else (blocks.dtype, tuple(blocks.shape))
+    if blocks is None or blocks.dtype != torch.int64 or blocks.dim() != 2 or not blocks.numel():
+        raise ValueError(
+            f"{method}: blocks are {given}; expected token ids, torch.int64 (n, T) with n, T >= 1"
+        )
+
+
+def _prune(
+    method: str, linears: dict[str, nn.Module], total: torch.Tensor, n: int, update: bool
+) -> dict[str, torch.Tensor]:
+    """Prune linears that read the same inputs, in place; their masks."""
+    masks = {}
+    with _named(next(iter(linears))):
+        factor = inverse_factor(2 / n * total) if method == "sparsegpt" else None
+    for name, module in linears.items():
+        W = oriented(module)
+        with _named(name):
+            if factor is None:
+                masks[name] = hard_mask(wanda_scores(W, (total / n).sqrt()))
+            else:
+                W_hat, masks[name], _ = prune_columns(W, *factor, update)
+                if update:
+                    W.copy_(W_hat)
+        W.masked_fill_(~masks[name], 0.0)
+    return masks
+
+
+def _statistics(
+    linears: dict[str, nn.Module], run: Callable[[bool], None], gram: bool
+) -> list[Group]:
+    """Sums over all tokens of what each linear reads, one sum for those that read one tensor."""
+    owner: dict[str, str] = {}
+    sums: dict[str, torch.Tensor] = {}
+    last: tuple[Any, str] = (None, "")
+
+    def see(name: str, x: torch.Tensor) -> None:
+        nonlocal last
+        if name not in owner:
+            owner[name] = owner[last[1]] if x is last[0] else name
+        last = (x, name)
+        if owner[name] == name:
+            flat = x.flatten(0, -2).float()
+            if name not in sums:
+                width = flat.shape[1]
+                sums[name] = flat.new_zeros((width, width) if gram else (width,))
+            if gram:
+                sums[name].addmm_(flat.T, flat)
+            else:
+                sums[name] += flat.square().sum(0)
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda module, args: see(name, args[0])
+
+    handles = [m.register_forward_pre_hook(watch(name)) for name, m in linears.items()]
+    try:
+        run(False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name in linears:
+        if name not in owner:
+            raise RuntimeError(f"{name} did not run; give the model without what bypasses it")
+    groups: dict[str, list[str]] = {}
+    for name in linears:
+        groups.setdefault(owner[name], []).append(name)
+    for name, total in sums.items():
+        if not bool((total.diagonal() if gram else total).isfinite().all()):
+            raise FloatingPointError(
+                f"the inputs of {name} are not finite on the calibration text; the model overflows "
+                "in this dtype: load it in float32"
+            )
+    return [(names, sums[name]) for name, names in groups.items()]
+
+
+class _Enough(Exception):
+    """The forward has reached the last block that was waited for."""
+
+
+def _first_inputs(
+    model: Any, layers: Sequence[nn.Module], blocks: torch.Tensor
+) -> tuple[list[torch.Tensor], dict[int, list[Call]]]:
+    """Each micro-batch's input of block 0, and what else each block is given, by batch size."""
+    hidden: list[torch.Tensor] = []
+    calls: dict[int, list[Call]] = {}
+    seen: list[Call] = []
+    wanted = 0
+
+    def watch(index: int) -> Callable[..., None]:
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if index == 0:
+                hidden.append(args[0])
+            seen.append((args[1:], kwargs))
+            if len(seen) == wanted:
+                raise _Enough
+
+        return see
+
+    base = stock_model(model)
+    handles = [
+        layer.register_forward_pre_hook(watch(index), with_kwargs=True)
+        for index, layer in enumerate(layers)
+    ]
+    try:
+        for ids in blocks.split(max(1, TOKENS_AT_ONCE // blocks.shape[1])):
+            seen = []
+            # Masks and positions depend on the shape alone, so a shape is walked through once.
+            wanted = 1 if len(ids) in calls else len(layers)
+            with contextlib.suppress(_Enough):
+                base(input_ids=ids.to(next(base.parameters()).device), use_cache=False)
+            calls.setdefault(len(ids), seen)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return hidden, calls
+
+
+def _runner(
+    layer: nn.Module, hidden: list[torch.Tensor], calls: list[Call]
+) -> Callable[[bool], None]:
+    """Runs one block on all micro-batches; with True its outputs replace its inputs."""
+
+    def run(replace: bool) -> None:
+        for i, (args, kwargs) in enumerate(calls):
+            out = layer(hidden[i], *args, **kwargs)
+            if replace:
+                hidden[i] = out[0] if isinstance(out, tuple) else out
+
+    return run
+
+
+@contextlib.contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """No dropout, no autocast and no TF32; every module's mode is as before afterwards."""
+    training = [module for module in model.modules() if module.training]
+    device = next(model.parameters()).device.type
+    try:
+        model.eval()
+        # Autocast would go on using the copies that it made of weights before they were pruned.
+        with torch.autocast(device, enabled=False), full_float32():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def _restored(linears: dict[str, nn.Module], keep: bool) -> Iterator[None]:
+    """Put the weights back as they were; with `keep` only if the context ends with an error."""
+    before = {name: oriented(module).clone() for name, module in linears.items()}
+    done = False
+    try:
+        yield
+        done = keep
+    finally:
+        if not done:
+            for name, module in linears.items():
+                oriented(module).copy_(before[name])
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None

@@ -1,0 +1,309 @@
+"""Learning 2:4 masks on the Hugging Face Trainer: MaskLLM's loop, and the one-shot ways beside it.
+
+Legend: W weight - m soft mask of a step - kappa, tau scale and temperature - t step of T.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import set_seed
+
+from maskprune.config import SparsifyConfig
+from maskprune.hf.equality import Difference, difference_of, logits_of, require_equal
+from maskprune.hf.families import layers_of
+from maskprune.training.checkpoints import latest, mark_complete
+from maskprune.training.data import block_order
+from maskprune.training.losses import token_kl
+from maskprune.training.progress import Progress, note
+from maskprune.training.trace import TraceCallback
+from maskprune.training.trainer import (
+    Blocks,
+    BlockTrainer,
+    as_blocks,
+    checkpoint_activations,
+    quiet_trainer,
+    total_steps,
+    training_arguments,
+    use_autocast,
+)
+from maskprune.two_four.masks import TwoFourMasks, attach_two_four
+from maskprune.two_four.one_shot import METHODS, one_shot_masks
+from maskprune.two_four.patterns import apply_masks, load_masks
+
+LOGITS_FILE = "logits.safetensors"
+# From 1.5 times the noise a step on (kappa 100), the samples of a short run broke the model.
+MAX_RATE = 5e-3
+REGULARISER_WEIGHTS = {"relative": 1500.0, "sum": 1e-5}
+
+
+@dataclass
+class SparsifyResult:
+    """What `sparsify` gives back.
+
+    model: the stock model that was given, masked-out weights set to +0.0. masks: (O, I) bool by
+    name of the linear. difference: of its logits and those of the model under the learned masks;
+    None for a one-shot method. trace: a row per logged step. steps: 0 for a one-shot method.
+    """
+
+    model: Any
+    masks: dict[str, torch.Tensor]
+    difference: Difference | None
+    trace: list[dict[str, Any]]
+    steps: int
+
+
+class SparsifyTrainer(BlockTrainer):
+    """`Trainer` that learns the logits of 2:4 masks, and whose checkpoints hold nothing else."""
+
+    def __init__(self, *args: Any, masks: TwoFourMasks, config: SparsifyConfig, **kw: Any):
+        super().__init__(*args, **kw)
+        self.masks, self.config = masks, config
+        self.dense_norm = masks.dense_norm()
+        chosen = config.regulariser_weight
+        self.reward = REGULARISER_WEIGHTS[config.regulariser] if chosen is None else chosen
+        self.drawn = (-1, 0)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        if self.optimizer is None:
+            rate = self.config.learning_rate or min(MAX_RATE, 1.0 / self.args.max_steps)
+            self.optimizer = torch.optim.AdamW(
+                self.masks.parameters(),
+                lr=rate,
+                betas=(0.9, 0.95),
+                eps=1e-5,
+                weight_decay=self.config.weight_decay,
+                fused=True,
+            )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.lr_scheduler is None:
+
+            def cosine(step: int) -> float:
+                return 0.55 + 0.45 * math.cos(math.pi * min(1.0, step / num_training_steps))
+
+            target: Any = optimizer or self.optimizer
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(target, cosine)
+        return self.lr_scheduler
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        config, t = self.config, self.state.global_step
+        done = t / self.args.max_steps
+        self.masks.schedule(
+            config.kappa_start + done * (config.kappa_end - config.kappa_start),
+            config.tau_start + done * (config.tau_end - config.tau_start),
+        )
+        micro = self.drawn[1] + 1 if self.drawn[0] == t else 0
+        self.drawn = (t, micro)
+        sample = t * config.gradient_accumulation + micro
+        self.masks.draw(sample * self.args.world_size + self.args.process_index)
+
+        ids = inputs["input_ids"]
+        if config.loss == "kl":
+            training = model.training
+            with torch.no_grad(), self.masks.seen_as("off"):
+                teacher = model.eval()(input_ids=ids, use_cache=False).logits
+            model.train(training)
+            fit = token_kl(model(input_ids=ids, use_cache=False).logits, teacher)
+        else:
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+            fit = functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+        total, squares = self.masks.kept_norms()
+        kept = total / self.dense_norm
+        reward = squares if config.regulariser == "sum" else kept
+        loss = fit - self.reward * (1 - done) * reward
+        self.last_loss = {
+            "loss": fit.detach(),
+            "kept_norm": kept.detach(),
+        }
+        return (loss, {}) if return_outputs else loss
+
+    def trace_row(self, optimizer: Any) -> dict[str, Any]:
+        return self.masks.statistics() | {
+            "kappa": float(self.masks.kappa),
+            "tau": float(self.masks.tau),
+            "lr": optimizer.param_groups[0]["lr"],
+        }
+
+    def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
+        from safetensors.torch import save_file
+
+        folder = Path(str(output_dir or self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        logits = self.masks.named_parameters()
+        save_file(
+            {n: p.detach().cpu().contiguous() for n, p in logits.items()}, folder / LOGITS_FILE
+        )
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.require_finite()
+        super()._save_checkpoint(model, trial)
+        if self.is_world_process_zero():
+            mark_complete(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        from safetensors.torch import load_file
+
+        found = load_file(Path(resume_from_checkpoint) / LOGITS_FILE)
+        own = self.masks.named_parameters()
+        if {n: p.shape for n, p in own.items()} != {n: p.shape for n, p in found.items()}:
+            raise ValueError(
+                f"{resume_from_checkpoint} holds logits of another model; resume with the model "
+                "that the run began with"
+            )
+        for name, parameter in own.items():
+            parameter.data.copy_(found[name])
+        # What the next row's `changed` counts from.
+        self.masks.statistics()
+
+
+def sparsify(
+    model: nn.Module,
+    tokenizer: Any,
+    data: Any,
+    config: SparsifyConfig,
+    *,
+    run_dir: str | Path | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+) -> SparsifyResult:
+    """Make every linear in a model's blocks 2:4 sparse: learn the masks, or choose them at once.
+
+    The weights that stay are those of the model (with `update_weights`, adjusted); shapes do not
+    change, so the result is a stock model with half of these weights at zero.
+
+    Args:
+        model: a transformers causal LM of a known family, without adapters; changed in place.
+        tokenizer: its tokenizer; not used when `data` is token blocks already.
+        data: a text source as `token_blocks` takes it, or (n, seq_len) int64 token blocks; not
+            used by `magnitude`.
+        config: the settings.
+        run_dir: where checkpoints and the trace go; a temporary folder where None.
+        resume: continue from the newest whole checkpoint in `run_dir`.
+        quiet: show no progress.
+
+    Raises:
+        ValueError: settings, masks or data that cannot work, said before any training.
+        FloatingPointError: the loss diverged; says at which step, checkpoints stay.
+
+    Source: MaskLLM, arXiv 2409.17481, sections 3.2 and 3.3; the rates are those of its code.
+    """
+    core: Any = model
+    magnitude = config.method == "magnitude"
+    blocks = torch.empty(0, config.seq_len) if magnitude else as_blocks(data, tokenizer, config)
+    set_seed(config.seed)
+    cached, core.config.use_cache = core.config.use_cache, False
+    sample = blocks[: config.calibration_blocks]
+    try:
+        if config.method == "maskllm":
+            return _learn(core, blocks, sample, config, run_dir, resume, quiet)
+        masks = choose_masks(core, config.method, sample, update=config.update_weights, quiet=quiet)
+        apply_masks(core, masks)
+        return SparsifyResult(core, masks, None, [], 0)
+    finally:
+        core.config.use_cache = cached
+
+
+def _learn(
+    model: Any,
+    blocks: torch.Tensor,
+    sample: torch.Tensor,
+    config: SparsifyConfig,
+    run_dir: str | Path | None,
+    resume: bool,
+    quiet: bool,
+) -> SparsifyResult:
+    device = next(model.parameters()).device
+    proof = blocks[: min(4, len(blocks))].to(device)
+    steps = total_steps(config, len(blocks), epochs=1.0)
+    order = block_order(len(blocks), config.batch_size, steps, config.seed, seq_len=config.seq_len)
+    with contextlib.ExitStack() as stack:
+        if run_dir is None:
+            run_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="maskprune-"))
+        run = Path(run_dir)
+        run.mkdir(parents=True, exist_ok=True)
+        checkpoint = latest(run) if resume else None
+        masks = attach_two_four(
+            model,
+            None if checkpoint else find_prior(model, sample, config, quiet),
+            strength=config.prior_strength,
+            std=config.logit_std,
+            seed=config.seed,
+        )
+        stack.callback(masks.detach)
+        if config.gradient_checkpointing:
+            checkpoint_activations(model)
+        autocast = use_autocast(config, model, device)
+        trace = TraceCallback(run / "trace.jsonl", config, quiet, _progress_line)
+        trainer = SparsifyTrainer(
+            model=model,
+            args=training_arguments(config, run, steps, device, autocast),
+            train_dataset=Blocks(blocks, order),
+            callbacks=[trace],
+            masks=masks,
+            config=config,
+        )
+        trace.trainer = trainer
+        with quiet_trainer():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        # Trainer leaves its autocast around forward; the proof must run at full precision.
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        model.eval()
+        with masks.seen_as("hard"):
+            masked = logits_of(model, proof)
+        chosen = masks.choice()
+    apply_masks(model, chosen)
+    difference = difference_of(masked, logits_of(model, proof))
+    require_equal(difference, model.dtype)
+    return SparsifyResult(model, chosen, difference, trace.rows, steps)
+
+
+def find_prior(
+    model: Any, blocks: torch.Tensor, config: SparsifyConfig, quiet: bool = True
+) -> dict[str, torch.Tensor] | None:
+    """The prior masks that the settings name, chosen on `blocks` or read; None for `none`."""
+    if config.prior == "none":
+        return None
+    if config.prior in METHODS:
+        return choose_masks(model, config.prior, blocks, quiet=quiet)
+    masks, _ = load_masks(config.prior)
+    return masks
+
+
+def choose_masks(
+    model: Any, method: str, blocks: torch.Tensor, *, update: bool = False, quiet: bool = False
+) -> dict[str, torch.Tensor]:
+    """`one_shot_masks` with its progress shown, a block of the model at a time."""
+    if method == "magnitude":
+        note("choosing 2:4 masks by magnitude", quiet)
+        return one_shot_masks(model, method)
+    note(f"choosing 2:4 masks by {method} on {blocks.numel():,} tokens", quiet)
+    bar = Progress(len(layers_of(model)), 0, quiet, unit="block")
+
+    def progress(done: int, total: int) -> None:
+        bar.advance()
+        bar.show(done, "")
+
+    try:
+        return one_shot_masks(model, method, blocks, update=update, progress=progress)
+    finally:
+        bar.close()
+
+
+def _progress_line(row: dict[str, Any]) -> str:
+    """The fitted loss, the kept norm, how sure and how restless the masks are, tokens/s."""
+    return (
+        f"loss {row['loss']:.3f} kept {row['kept_norm']:.3f} max p {row['max_prob']:.3f} "
+        f"changed {row['changed']:.4f} {row['tokens_per_s']:.0f} tok/s"
+    )
