@@ -34,15 +34,15 @@ lint: $(VENV)/tested
 
 R := benchmarks/results
 bench: $(VENV)/tested
-	$(BIN)/python benchmarks/bench_prox.py --rows $(R)/prox.jsonl --overwrite
-	$(BIN)/python benchmarks/bench_minimax_step.py --rows $(R)/minimax_step.jsonl --overwrite
-	$(BIN)/python benchmarks/bench_masked_forward.py ops --rows $(R)/masked_forward.jsonl --overwrite
-	$(BIN)/python benchmarks/bench_two_four.py --rows $(R)/two_four.jsonl --overwrite
-	$(BIN)/python benchmarks/bench_fold.py ops --rows $(R)/fold.jsonl --overwrite
-	$(BIN)/python benchmarks/bench_fold.py stream --gb 4 --rows $(R)/stream.jsonl --overwrite
-	$(BIN)/python benchmarks/bench_fold.py memory --gb 1 4 8 --rows $(R)/stream.jsonl --overwrite
-	$(BIN)/python benchmarks/bench_masked_forward.py train --rows $(R)/masked_training.jsonl --overwrite
-	$(BIN)/pytest benchmarks/test_ops.py --rows $(R)/ops.jsonl --overwrite
+	$(BIN)/python -m benchmarks.ops.prox --rows $(R)/prox.jsonl --overwrite
+	$(BIN)/python -m benchmarks.ops.minimax_step --rows $(R)/minimax_step.jsonl --overwrite
+	$(BIN)/python -m benchmarks.ops.masked_forward ops --rows $(R)/masked_forward.jsonl --overwrite
+	$(BIN)/python -m benchmarks.ops.two_four --rows $(R)/two_four.jsonl --overwrite
+	$(BIN)/python -m benchmarks.ops.fold ops --rows $(R)/fold.jsonl --overwrite
+	$(BIN)/python -m benchmarks.ops.fold stream --gb 4 --rows $(R)/stream.jsonl --overwrite
+	$(BIN)/python -m benchmarks.ops.fold memory --gb 1 4 8 --rows $(R)/stream.jsonl --overwrite
+	$(BIN)/python -m benchmarks.ops.masked_forward train --rows $(R)/masked_training.jsonl --overwrite
+	$(BIN)/pytest benchmarks/ops/test_ops.py --rows $(R)/ops.jsonl --overwrite
 	$(BIN)/python benchmarks/latency.py --rows $(R)/latency.jsonl --overwrite
 	$(BIN)/python benchmarks/latency.py --model smollm2-135m --sparsity 0.2,0.5 --regimes prefill,decode \
 		--length 128 --decode-batch 1,4 --rounds 20 --seconds 45 --rows $(R)/latency.jsonl --overwrite
@@ -52,16 +52,16 @@ bench: $(VENV)/tested
 		--variants dense,uniform,compresso --rounds 9 --seconds 90 --rows $(R)/latency.jsonl --overwrite
 	$(BIN)/python benchmarks/latency.py --profile --model wide-1024,smollm2-135m --sparsity 0.5 \
 		--length 128 --rounds 40 --rows $(R)/latency.jsonl --overwrite
-	$(BIN)/python benchmarks/quality_cpu.py --rows $(R)/quality.jsonl --overwrite
-	$(BIN)/python benchmarks/quality_two_four.py --start --calibration-blocks 32 --rows $(R)/two_four_start.jsonl --overwrite
-	$(BIN)/python benchmarks/quality_two_four.py --rows $(R)/quality_two_four.jsonl --overwrite
-	$(BIN)/python benchmarks/quality_two_four.py --arms sparsegpt-updated --calibration-blocks 264 \
+	$(BIN)/python -m benchmarks.quality.structured --rows $(R)/quality.jsonl --overwrite
+	$(BIN)/python -m benchmarks.quality.two_four --start --calibration-blocks 32 --rows $(R)/two_four_start.jsonl --overwrite
+	$(BIN)/python -m benchmarks.quality.two_four --rows $(R)/quality_two_four.jsonl --overwrite
+	$(BIN)/python -m benchmarks.quality.two_four --arms sparsegpt-updated --calibration-blocks 264 \
 		--rows $(R)/quality_two_four.jsonl --overwrite
 
 # On a CUDA machine, also without network: everything that travels with the checkout. Repeat the
 # command until it says that all is done; each call stops in time for a ten-minute limit.
 gpu:
-	$(PYTHON) benchmarks/gpu.py $(GPU)
+	$(PYTHON) -m benchmarks.gpu $(GPU)
 
 docs: $(VENV)/tested
 	$(BIN)/python benchmarks/latency.py --doc docs/uniform.md --from benchmarks/results/latency.jsonl

@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import harness
 import pytest
+
+from benchmarks import harness
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,6 +1,6 @@
 """Everything that only a GPU can show, in one resumable command: tests, kernels, a real run.
 
-    python benchmarks/gpu.py            (or `make gpu`)
+    python -m benchmarks.gpu            (or `make gpu`)
 
 Runs what is not done yet until --seconds are over, then says what is left; repeat it until it
 says that all is done. It needs no network and installs nothing: the extension is built in place
@@ -39,13 +39,21 @@ def steps(
     plan = {
         "build": [python, "setup.py", "-q", "build_ext", "--inplace"],
         "tests": [python, "-m", "pytest", "-q", "-x", "tests", "-m", "gpu or not demo"],
-        "prox": [python, "benchmarks/bench_prox.py", "--device", "cuda"],
-        "minimax_step": [python, "benchmarks/bench_minimax_step.py", "--device", "cuda"],
-        "masked_forward": [python, "benchmarks/bench_masked_forward.py", "ops", "--device", "cuda"],
-        "two_four": [python, "benchmarks/bench_two_four.py", "--device", "cuda"],
+        "prox": [python, "-m", "benchmarks.ops.prox", "--device", "cuda"],
+        "minimax_step": [python, "-m", "benchmarks.ops.minimax_step", "--device", "cuda"],
+        "masked_forward": [
+            python,
+            "-m",
+            "benchmarks.ops.masked_forward",
+            "ops",
+            "--device",
+            "cuda",
+        ],
+        "two_four": [python, "-m", "benchmarks.ops.two_four", "--device", "cuda"],
         "masked_training": [
             python,
-            "benchmarks/bench_masked_forward.py",
+            "-m",
+            "benchmarks.ops.masked_forward",
             "train",
             "--device",
             "cuda",

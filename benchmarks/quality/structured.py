@@ -1,0 +1,205 @@
+"""MaskPrune against Wanda-sp followed by the same adapter training, on the demo model.
+
+    python -m benchmarks.quality.structured --rows benchmarks/results/quality.jsonl
+
+All arms read the same tokens in the same order and train adapters of the same places and ranks
+with the same loss and rates. `wanda-sp` prunes equal fractions of heads and FFN, as published;
+`wanda-sp-split` is given the shape that MaskPrune learned, `wanda-sp-split-compensated` its
+compensation as well. Held-out perplexity is on text that no arm read.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness import Parser, environment, fix_threads, write_rows
+from benchmarks.harness.rows import MEASURED
+from maskprune.commands.evaluate import perplexity
+from maskprune.config import PruneConfig
+from maskprune.hf.demo_model import demo_model_dir, demo_text
+from maskprune.hf.load import load_model
+from maskprune.hf.shape import Shape
+from maskprune.structured.prune import prune
+from maskprune.training.data import token_blocks
+from maskprune.training.speed import bfloat16_is_faster
+
+# Each arm: the method, whether it gets the learned shape, whether it compensates.
+ARMS = {
+    "maskprune": ("maskprune", False, True),
+    "wanda-sp": ("wanda-sp", False, False),
+    "wanda-sp-split": ("wanda-sp", True, False),
+    "wanda-sp-split-compensated": ("wanda-sp", True, True),
+    "taylor-split-compensated": ("taylor", True, True),
+    "maskprune-plain": ("maskprune", False, False),
+}
+
+
+# What a run finds, in which it may differ from an older one that it replaces.
+FOUND = (
+    *MEASURED, "sparsity", "heads", "kv_heads", "ffn", "last_kl", "locked_at", "residual",
+    "train_seconds", "ppl_held_out", "ppl_text", "ppl_dtype",
+)  # fmt: skip
+
+
+def settings(args: Any, arm: str, seed: int, shape: Shape | None, dense: Shape) -> PruneConfig:
+    """The settings of one arm."""
+    method, given, compensates = ARMS[arm]
+    split: dict[str, Any] = {"sparsity": args.sparsity}
+    if given and shape is not None:
+        split = {
+            "head_sparsity": 1 - shape.kv_heads / dense.kv_heads,
+            "ffn_sparsity": 1 - shape.ffn / dense.ffn,
+        }
+    chosen = {
+        "compensate": compensates,
+        "method": method,
+        "steps": args.steps,
+        "batch_size": args.batch_size,
+        "seq_len": args.seq_len,
+        "seed": seed,
+        "learning_rate": args.learning_rate,
+        "save_steps": 10_000,
+        "logging_steps": 20,
+    }
+    return PruneConfig(**split, **(chosen | dict(args.set)))
+
+
+def one_run(args: Any, arm: str, seed: int, shape: Shape | None) -> tuple[dict[str, Any], Shape]:
+    """Prune once and measure; returns the row and the shape it ended in."""
+    train, held_out = demo_text()
+    model, tokenizer = load_model(demo_model_dir(), dtype="float32")
+    from maskprune.hf.shape import shape_of
+
+    dense = shape_of(model.config)
+    config = settings(args, arm, seed, shape, dense)
+    blocks = token_blocks(train, tokenizer, args.seq_len, seed=seed)
+    started = time.monotonic()
+    result = prune(model, tokenizer, blocks, config, quiet=args.quiet)
+    seconds = time.monotonic() - started
+    row: dict[str, Any] = {
+        "op": "quality",
+        "provider": arm,
+        "seed": seed,
+        "sparsity": 1 - result.trace[-1]["R"],
+        "heads": result.shape.heads,
+        "kv_heads": result.shape.kv_heads,
+        "ffn": result.shape.ffn,
+        "steps": args.steps,
+        "tokens_per_step": args.batch_size * args.seq_len,
+        "learning_rate": args.learning_rate,
+        "output_r": config.output_r,
+        "compensate": config.compensate,
+        "warm_start": config.warm_start if config.method == "maskprune" else None,
+        "last_kl": result.trace[-1]["kl"],
+        "locked_at": next((r["step"] for r in result.trace if r["locked"]), None),
+        "residual": max(result.residuals.values()),
+        "train_seconds": round(seconds, 1),
+    }
+    row |= {f"set_{name}": value for name, value in args.set}
+    row |= perplexities(args, result.model, tokenizer, held_out)
+    return row, result.shape
+
+
+def perplexities(args: Any, model: Any, tokenizer: Any, held_out: Path) -> dict[str, Any]:
+    """Perplexity on the demo's held-out text, and on --text where it is given."""
+    sources = {"held_out": held_out} | ({"text": args.text} if args.text else {})
+    faster = bfloat16_is_faster(model.config.hidden_size, args.window)
+    dtype = torch.bfloat16 if faster else torch.float32
+    found: dict[str, Any] = {"ppl_dtype": str(dtype).removeprefix("torch.")}
+    for name, source in sources.items():
+        made = perplexity(
+            model,
+            tokenizer,
+            source,
+            args.window,
+            limit=args.windows,
+            dtype=dtype if faster else None,
+        )
+        found[f"ppl_{name}"] = round(made["ppl"], 3)
+        found[f"ppl_{name}_windows"] = made["windows"]
+    return found | {"ppl_window": args.window}
+
+
+def pair(text: str) -> tuple[str, Any]:
+    """`name=value` with the value as a number or a truth value where it is one."""
+    name, _, value = text.partition("=")
+    if value in ("true", "false"):
+        return name, value == "true"
+    for kind in (int, float):
+        try:
+            return name, kind(value)
+        except ValueError:
+            continue
+    return name, value
+
+
+def main() -> int:
+    parser = Parser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--sparsity", type=float, default=0.2)
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS)[:4])
+    parser.add_argument(
+        "--shape",
+        type=int,
+        nargs=2,
+        metavar=("KV_HEADS", "FFN"),
+        help="the shape of -split arms that run without maskprune",
+    )
+    parser.add_argument("--text", help="another text for perplexity, such as WikiText-2's")
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=20)
+    parser.add_argument(
+        "--set",
+        type=pair,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="another setting of PruneConfig, for both arms",
+    )
+    parser.add_argument("--quiet", action="store_true")
+    args = parser.parse_args()
+    if any(ARMS[arm][1] for arm in args.arms) and not (args.shape or "maskprune" in args.arms):
+        parser.error("a -split arm needs the learned shape: run maskprune too, or give --shape")
+    known = {field.name for field in fields(PruneConfig)}
+    if unknown := sorted({name for name, _ in args.set} - known):
+        parser.error(f"--set {', '.join(unknown)}: no such setting of PruneConfig")
+    fix_threads(args.threads)
+    common = environment("cpu", 0)
+
+    model, tokenizer = load_model(demo_model_dir(), dtype="float32")
+    dense = {"op": "quality", "provider": "dense"} | perplexities(
+        args, model, tokenizer, demo_text()[1]
+    )
+    rows = [common | dense]
+    print(rows[-1], flush=True)
+    del model
+    for seed in args.seeds:
+        shape: Shape | None = None
+        if args.shape:
+            shape = Shape(0, 0, args.shape[0], 0, args.shape[1])
+        for arm in sorted(args.arms, key=list(ARMS).index):
+            row, ended = one_run(args, arm, seed, shape)
+            if arm == "maskprune":
+                shape = shape or ended
+            rows.append(common | row)
+            print(row, flush=True)
+            gc.collect()
+            if args.rows:
+                new = rows[-1:] if len(rows) > 2 else rows
+                write_rows(args.rows, new, overwrite=args.overwrite, ignore=FOUND)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

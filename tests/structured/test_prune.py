@@ -1,0 +1,231 @@
+"""The main job on tiny models: on budget, uniform, repeatable, resumable, loud when it fails."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from models import VOCAB, tiny_model, tokens
+
+from maskprune.config import PruneConfig
+from maskprune.hf.equality import compare_logits
+from maskprune.structured.prune import PruneTrainer, prune
+
+QUICK = dict(
+    sparsity=0.3,
+    steps=24,
+    batch_size=2,
+    seq_len=16,
+    warm_start_blocks=4,
+    learning_rate=3e-3,
+    logging_steps=4,
+    lora_r=2,
+    autocast="none",
+    multiple_of=4,
+)
+
+
+def data(n: int = 20) -> torch.Tensor:
+    return torch.randint(3, VOCAB, (n, 16), generator=torch.Generator().manual_seed(1))
+
+
+def run(tmp_path=None, family="llama", resume=False, **changes):
+    config = PruneConfig(**(QUICK | changes))
+    model = tiny_model(family, num_hidden_layers=3)
+    return prune(model, None, data(), config, run_dir=tmp_path, resume=resume, quiet=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "phi3", "gpt2"])
+def test_the_result_is_uniform_on_budget_and_equal_to_the_masked_model(family):
+    # A quarter of this tiny GPT-2's weights is FFN, and its heads stay.
+    result = run(family=family, sparsity=0.15 if family == "gpt2" else 0.3)
+    budget, masks = result.budget, result.masks
+    kept = (masks.ffn != 0).sum(1)
+    assert (kept == result.shape.ffn).all()
+    assert result.trace[-1]["R"] <= budget.R_star + 1e-6 and result.trace[-1]["locked"]
+    assert max(result.residuals.values()) < 1e-2
+    difference = compare_logits(result.masked_model, result.model, tokens())
+    assert difference.relative < 1e-4 and difference.largest_logit > 0.1
+
+
+def test_training_in_bfloat16_leaves_no_autocast_in_the_proof():
+    result = run(autocast="bfloat16")
+    difference = compare_logits(result.masked_model, result.model, tokens())
+    assert difference.relative < 1e-4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(mode="scheduled"),
+        dict(warm_start="none"),
+        dict(warm_start="wanda-sp", head_unit="query_head"),
+        dict(method="wanda-sp"),
+        dict(method="taylor"),
+        dict(sparsity=None, head_sparsity=0.5, ffn_sparsity=0.25),
+        dict(alpha=0.1, gradient_checkpointing=True),
+        dict(kl_direction="student_teacher", gradient_accumulation=2),
+    ],
+    ids=lambda c: "-".join(map(str, c.values())),
+)
+def test_every_way_of_pruning_ends_uniform_and_on_budget(changes):
+    result = run(**changes)
+    assert (result.masks.ffn != 0).sum(1).unique().numel() == 1
+    assert result.trace[-1]["R"] <= result.budget.R_star + 1e-6
+    if changes.get("head_sparsity"):
+        assert (result.shape.heads, result.shape.ffn) == (2, 16)
+
+
+def test_the_same_seed_gives_the_same_masks_to_the_bit():
+    a, b, c = run(), run(), run(seed=1)
+    assert torch.equal(a.masks.ffn, b.masks.ffn) and torch.equal(a.masks.head, b.masks.head)
+    assert not torch.equal(a.masks.ffn, c.masks.ffn)
+
+
+def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(tmp_path):
+    whole = run(tmp_path / "whole", save_steps=12)
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoint-24")
+    again = run(tmp_path / "again", resume=True, save_steps=12)
+    assert torch.equal(whole.masks.ffn, again.masks.ffn)
+    assert torch.equal(whole.masks.head, again.masks.head)
+    for (name, p), q in zip(
+        whole.masked_model.named_parameters(), again.masked_model.parameters(), strict=True
+    ):
+        assert torch.equal(p, q), name
+    ours = [{k: v for k, v in r.items() if k != "tokens_per_s"} for r in again.trace]
+    assert ours == [{k: v for k, v in r.items() if k != "tokens_per_s"} for r in whole.trace]
+
+
+def test_a_half_written_checkpoint_is_not_resumed_from(tmp_path):
+    whole = run(tmp_path, save_steps=12)
+    (tmp_path / "checkpoint-24" / "optimizer.pt").write_bytes(b"torn")
+    again = run(tmp_path, resume=True, save_steps=12)
+    assert torch.equal(whole.masks.ffn, again.masks.ffn)
+
+
+def test_other_settings_are_refused_on_resume(tmp_path):
+    run(tmp_path, save_steps=12)
+    with pytest.raises(ValueError, match="other settings.*resume with those"):
+        run(tmp_path, resume=True, save_steps=12, reach=0.5)
+
+
+def test_a_nan_loss_stops_at_its_step_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    honest = PruneTrainer.compute_loss
+
+    def poisoned(self, *args, **kwargs):
+        loss = honest(self, *args, **kwargs)
+        if self.state.global_step == 14:
+            self.last_loss["loss"] = self.last_loss["loss"] * float("nan")
+            return loss * float("nan")
+        return loss
+
+    monkeypatch.setattr(PruneTrainer, "compute_loss", poisoned)
+    with pytest.raises(FloatingPointError, match="at step 15.*--resume"):
+        run(tmp_path, save_steps=12)
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-12"]
+
+
+def test_the_trace_has_what_the_report_draws(tmp_path):
+    result = run(tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
+    assert rows == result.trace and [r["step"] for r in rows] == [1, 4, 8, 12, 16, 20, 24]
+    assert {
+        "R",
+        "R_star",
+        "y",
+        "z",
+        "r_head",
+        "r_ffn",
+        "residual_head",
+        "residual_ffn",
+        "width_spread",
+        "loss",
+        "kl",
+        "layer",
+        "tokens_per_s",
+        "locked",
+    } <= set(rows[0])
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(sparsity=0.0), "sparsity is 0.0; expected a number between 0 and 1"),
+        (dict(sparsity=1.5), "sparsity is 1.5"),
+        (dict(sparsity=None), "no sparsity is given"),
+        (dict(steps=5), "steps is 5; expected at least 20"),
+        (dict(sparsity=0.98), "is not reachable.*the most is"),
+        (dict(mode="magic"), "mode is 'magic'; expected one of minimax, scheduled"),
+        (dict(steps=None, epochs=0.5), "are 5 steps of 2; the schedule needs at least 20"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_training(changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(**changes)
+
+
+def test_the_compensation_runs_once_when_the_shape_is_final(monkeypatch):
+    from maskprune.structured import prune as training
+
+    calls = []
+    honest = training.compensate
+
+    def counted(model, masks, kept, blocks):
+        calls.append([int((m == 0).sum()) for m in kept])
+        return honest(model, masks, kept, blocks)
+
+    monkeypatch.setattr(training, "compensate", counted)
+    result = run(reach=0.5)
+    assert calls == [[int((m == 0).sum()) for m in (result.masks.head, result.masks.ffn)]]
+    run(method="wanda-sp")
+    assert len(calls) == 2
+    run(compensate=False)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("killed", [7, 11, 15, 20])
+def test_a_run_broken_before_or_after_the_compensation_resumes_to_the_bit(
+    killed, tmp_path, monkeypatch
+):
+    settings = dict(reach=0.5, save_steps=4, output_r=4)
+    whole = run(tmp_path / "whole", **settings)
+    assert 7 < next(row["step"] for row in whole.trace if row["locked"]) < 20
+    honest = PruneTrainer.compute_loss
+
+    def broken(self, *args, **kwargs):
+        if self.state.global_step == killed:
+            raise InterruptedError
+        return honest(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(PruneTrainer, "compute_loss", broken)
+        run(tmp_path / "broken", **settings)
+    again = run(tmp_path / "broken", resume=True, **settings)
+    for (name, p), q in zip(
+        whole.masked_model.named_parameters(), again.masked_model.parameters(), strict=True
+    ):
+        assert torch.equal(p, q), name
+
+
+def ranks(result, name):
+    return {
+        module.lora_A["default"].weight.shape[0]
+        for path, module in result.masked_model.named_modules()
+        if path.endswith(name) and hasattr(module, "lora_A")
+    }
+
+
+@pytest.mark.parametrize(
+    "targets", ["all-linear", "q_proj, down_proj", "q_proj,model.layers.0.mlp.down_proj"]
+)
+def test_the_output_adapters_have_their_rank_however_they_are_named(targets):
+    result = run(lora_targets=targets, output_r=6)
+    assert ranks(result, "down_proj") == {6} and ranks(result, "q_proj") == {2}
+
+
+def test_where_heads_stay_their_output_has_the_common_rank():
+    result = run(family="gpt2", sparsity=0.15, output_r=6)
+    assert ranks(result, "attn.c_proj") == {2} and ranks(result, "mlp.c_proj") == {6}

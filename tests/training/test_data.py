@@ -1,0 +1,201 @@
+"""Text to packed blocks: what a source is, how blocks are cut, in which order they are read."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from maskprune.training import data
+from maskprune.training.data import block_order, documents, read_text, token_blocks
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    words = {"<eos>": 0, "<unk>": 1} | {f"w{i}": i + 2 for i in range(100)}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", unk_token="<unk>")
+
+
+def write_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
+    return path
+
+
+def sentence(start, length):
+    return " ".join(f"w{i % 100}" for i in range(start, start + length))
+
+
+def test_documents_are_joined_by_eos_and_cut_into_blocks(tokenizer):
+    blocks = token_blocks(["w0 w1 w2", "w3", "w4 w5 w6 w7"], tokenizer, 4)
+    assert sorted(blocks.tolist()) == [[2, 3, 4, 0], [5, 0, 6, 7]]
+    assert blocks.dtype == torch.int64
+
+
+def test_the_seed_moves_blocks_and_changes_no_token(tokenizer, tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", [sentence(i, 50) for i in range(20)])
+    first, again, other = (token_blocks(source, tokenizer, 8, seed=s) for s in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert sorted(first.tolist()) == sorted(other.tolist())
+
+
+def test_num_tokens_reads_whole_blocks_and_no_further(tokenizer):
+    texts = [sentence(i, 9) for i in range(1000)]
+    assert token_blocks(texts, tokenizer, 8, num_tokens=33).shape == (5, 8)
+    assert token_blocks(texts, tokenizer, 8, num_tokens=32).shape == (4, 8)
+    few = token_blocks(texts, tokenizer, 8, num_tokens=80)
+    every = token_blocks(texts, tokenizer, 8)
+    assert {tuple(row) for row in few.tolist()} <= {tuple(row) for row in every.tolist()}
+
+
+def test_every_kind_of_file_gives_the_same_documents(tokenizer, tmp_path):
+    texts = [sentence(0, 5), sentence(5, 5)]
+    plain = write_jsonl(tmp_path / "a.jsonl", texts)
+    packed = tmp_path / "a.jsonl.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    assert list(documents(plain)) == list(documents(str(packed))) == list(documents(texts)) == texts
+
+
+def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "b.txt").write_text("two")
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "sub" / "c.jsonl").write_text('{"text": "three"}\n')
+    (tmp_path / "ignored.csv").write_text("no")
+    assert list(documents(tmp_path)) == ["one", "two", "three"]
+
+
+def test_perplexity_text_is_the_documents_between_blank_lines(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", ["one", "", "two"])
+    assert read_text(path) == "one\n\n\n\ntwo"
+    (tmp_path / "b.txt").write_text(" = Title = \n\n text\n")
+    assert read_text(tmp_path / "b.txt") == " = Title = \n\n text\n"
+
+
+def test_each_epoch_reads_every_block_once():
+    order = block_order(10, 5, 6, seed=3)
+    assert order.shape == (6, 5)
+    for epoch in order.view(3, 10):
+        assert sorted(epoch.tolist()) == list(range(10))
+    assert not torch.equal(order[:2], order[2:4])
+
+
+def test_a_longer_run_starts_with_the_order_of_the_shorter_one():
+    assert torch.equal(block_order(7, 3, 20, seed=5)[:4], block_order(7, 3, 4, seed=5))
+    assert not torch.equal(block_order(7, 3, 20, seed=5), block_order(7, 3, 20, seed=6))
+
+
+def test_reading_the_data_again_is_noted(caplog):
+    with caplog.at_level(logging.WARNING, logger="maskprune.training.data"):
+        block_order(10, 5, 2, seq_len=8)
+        assert not caplog.records
+        block_order(10, 5, 3, seq_len=8)
+    assert "10 blocks (80 tokens)" in caplog.text
+    assert "15 blocks (120 tokens)" in caplog.text
+    assert "1.5 times" in caplog.text
+
+
+def test_a_hub_dataset_is_streamed_by_name_config_and_split(monkeypatch):
+    calls = []
+
+    def load_dataset(name, config, *, split, streaming):
+        calls.append((name, config, split, streaming))
+        return [{"text": "one"}, {"text": ""}, {"text": "two"}]
+
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for source in ("org/c4", "org/c4:en", "org/c4:en:test", "org/c4:validation", "org/c4::all"):
+        assert list(documents(source)) == ["one", "two"]
+    assert read_text("org/c4:en") == "one\n\n\n\ntwo"
+    assert calls == [
+        ("org/c4", None, "train", True),
+        ("org/c4", "en", "train", True),
+        ("org/c4", "en", "test", True),
+        ("org/c4", None, "validation", True),
+        ("org/c4", None, "all", True),
+        ("org/c4", "en", "test", True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"body": "y", "id": 1}\n',
+            r"line 2: no string under `text` \(keys body, id\)",
+        ),
+        ("a.jsonl", b'{"text": "x"}\n\n{"text": 3}\n', "line 3: no string under `text`"),
+        ("a.jsonl", b'["x"]\n', r"line 1: no string under `text` \(list\)"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": \n', "line 2: broken JSON"),
+        ("a.jsonl", b"", "is empty; expected documents"),
+        ("a.txt", b"  \n ", "is empty; expected documents"),
+        ("a.txt", b"\xff\xfe\xff", "is not UTF-8"),
+        ("a.txt", b"w0 w1", "holds 3 tokens, but one block needs 8"),
+        ("a.jsonl.gz", b"no gzip", "is broken gzip"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99)[:-20], "is broken gzip"),
+        ("a.parquet", b"x", "is of unknown kind; expected .txt"),
+    ],
+)
+def test_a_bad_file_is_one_line_that_says_what_to_do(tokenizer, tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        token_blocks(path, tokenizer, 8)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_not_looked_up_on_the_hub(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "_hub_documents", lambda *_: pytest.fail("asked the hub"))
+    for source in ("no/such.jsonl", "./none", tmp_path / "none"):
+        with pytest.raises(ValueError, match="does not exist; give a path"):
+            token_blocks(source, tokenizer, 8)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no file ending in .txt"):
+        token_blocks(tmp_path / "empty", tokenizer, 8)
+
+
+def test_a_dataset_that_the_hub_does_not_give_says_what_to_do_offline(tokenizer, monkeypatch):
+    import datasets
+
+    def load_dataset(*_, **__):
+        raise ConnectionError("no route\nsecond line")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ValueError, match=r"\(no route\); check the name, or offline") as caught:
+        token_blocks("org/none", tokenizer, 8)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="3 colons"):
+        token_blocks("a:b:c:d", tokenizer, 8)
+
+
+def test_a_dataset_without_text_names_its_columns(tokenizer, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: [{"label": 1, "body": "x"}])
+    with pytest.raises(ValueError, match="columns body, label; expected one named `text`"):
+        token_blocks("org/labels", tokenizer, 8)
+
+
+def test_bad_arguments_are_named(tokenizer):
+    with pytest.raises(ValueError, match="seq_len is 0"):
+        token_blocks(["w0"], tokenizer, 0)
+    with pytest.raises(ValueError, match="num_tokens is 0"):
+        token_blocks(["w0"], tokenizer, 1, num_tokens=0)
+    with pytest.raises(TypeError, match=r"data\[1\] is a int"):
+        token_blocks(["w0", 1], tokenizer, 1)
+    with pytest.raises(ValueError, match="3 blocks.*one batch needs 4 blocks.*8 blocks"):
+        block_order(3, 4, 2)
+    with pytest.raises(ValueError, match="steps is 0"):
+        block_order(3, 1, 0)
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(ValueError, match="no EOS token"):
+        token_blocks(["w0"], bare, 1)
