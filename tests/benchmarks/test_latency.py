@@ -214,7 +214,7 @@ def test_only_uniform_layers_run_through_one_block_and_load_as_stock(models):
 
 
 def test_a_model_too_large_for_the_device_is_skipped_with_its_row(monkeypatch):
-    monkeypatch.setattr("sweep.free_bytes", lambda device: 1 << 30)
+    monkeypatch.setattr("benchmarks.uniform.sweep.free_bytes", lambda device: 1 << 30)
     rows = list(sweep(Plan(models=("llama-7b",), sparsities=(0.5,))))
     assert len(rows) == 1
     assert rows[0]["skipped"].startswith("too large: needs") and "median_ms" not in rows[0]
@@ -225,20 +225,20 @@ def test_variants_that_do_not_fit_together_are_taken_in_pairs_with_dense(monkeyp
     plan = Plan(models=("tiny",), variants=variants, structure=False)
     widths = widths_of(dense.config, 0.5)
     costs = {name: cost_of(dense.config, w) for name, w in widths.items()}
-    monkeypatch.setattr("sweep.free_bytes", lambda device: 1 << 40)
+    monkeypatch.setattr("benchmarks.uniform.sweep.free_bytes", lambda device: 1 << 40)
     assert groups(plan, costs) == [["dense", "uniform", "mild", "compresso"]]
     # 4 * (3.67 + 1.70) MB for a pair, 4 * 3 * 1.70 MB more for the rest, caches beside.
-    monkeypatch.setattr("sweep.free_bytes", lambda device: 30_000_000)
+    monkeypatch.setattr("benchmarks.uniform.sweep.free_bytes", lambda device: 30_000_000)
     assert groups(plan, costs) == [["dense", v] for v in ("uniform", "mild", "compresso")]
-    monkeypatch.setattr("sweep.free_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr("benchmarks.uniform.sweep.free_bytes", lambda device: 1 << 20)
     assert groups(plan, costs) == []
     # The stacked layers of the dense model, 14 MB, are counted where structure is shown.
-    monkeypatch.setattr("sweep.free_bytes", lambda device: 30_000_000)
+    monkeypatch.setattr("benchmarks.uniform.sweep.free_bytes", lambda device: 30_000_000)
     assert groups(dataclasses.replace(plan, structure=True), costs) == []
 
 
 def test_the_estimate_counts_rounds_up_to_the_limit_and_no_model_that_does_not_fit(monkeypatch):
-    monkeypatch.setattr("sweep.free_bytes", lambda device: 1 << 32)
+    monkeypatch.setattr("benchmarks.uniform.sweep.free_bytes", lambda device: 1 << 32)
     speed = (1e11, 1e11)
 
     def about(**other):
