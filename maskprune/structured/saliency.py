@@ -44,7 +44,9 @@ class Observer:
                 return None
             if not x.requires_grad:
                 x = x.detach().requires_grad_()
-            x.register_hook(lambda g: see(kind, index, module, x.detach(), g))
+            # A hook that held x itself, its own owner, would keep it alive: no collector sees that.
+            value = x.detach()
+            x.register_hook(lambda g: see(kind, index, module, value, g))
             return (x, *args[1:])
 
         return watch
