@@ -260,10 +260,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         return COMMANDS[name](rest)
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
+    except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
+        known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if isinstance(error, RuntimeError) and type(error) is not RuntimeError and not known:
             raise
         text = " ".join(str(error).split())
+        if known or "can't allocate memory" in text:
+            reason = ". ".join(text.split(". ")[:2]) or "of the host"
+            text = (
+                f"out of memory ({reason}); ask for less at once with --batch-size, --seq-len or "
+                "--gradient-checkpointing"
+            )
         print(f"maskprune {name}: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -15,6 +15,7 @@ from transformers import TrainerCallback, set_seed
 
 from maskprune.config import PruneConfig
 from maskprune.hf.families import family_of, output_names
+from maskprune.hf.head import head_of
 from maskprune.hf.shape import Shape
 from maskprune.structured.budget import Budget
 from maskprune.structured.callbacks import CompensationCallback, PruneCallback
@@ -227,6 +228,8 @@ def prune(
     if config.gradient_checkpointing:
         checkpoint_activations(core)
     masks = attach_masks(peft_model, config.head_unit)
+    if obstacle := head_of(core).obstacle:
+        note(f"{obstacle}: the loss needs whole logits, and their memory", quiet)
     reach = config.reach or (0.6 if config.warm_start == "none" else 0.1)
     solver = Minimax(
         masks,

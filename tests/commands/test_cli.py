@@ -240,3 +240,24 @@ def test_an_unknown_command_lists_those_there_are(capsys):
     assert main(["prun"]) == 2
     err = capsys.readouterr().err
     assert all(name in err for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 4 GiB."
+        ),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 2 bytes."),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_is_one_line(error, monkeypatch, capsys):
+    def fail(argv):
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "prune", fail)
+    assert main(["prune"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("maskprune prune: out of memory (") and said.count("\n") == 1
+    assert "--batch-size" in said and "total capacity" not in said

@@ -56,6 +56,15 @@ def test_training_in_bfloat16_leaves_no_autocast_in_the_proof():
     assert difference.relative < 1e-4
 
 
+@pytest.mark.parametrize("targets", ["q_proj,down_proj", "q_proj,lm_head"])
+def test_a_loss_that_needs_whole_logits_says_so_once(targets, capsys):
+    model = tiny_model("llama", tie_word_embeddings=False)
+    config = PruneConfig(**(QUICK | dict(lora_targets=targets, steps=20)))
+    prune(model, None, data(), config)
+    said = capsys.readouterr().err.count("the head is a Linear, adapted or quantised: the loss")
+    assert said == ("lm_head" in targets)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
