@@ -27,7 +27,7 @@ from maskprune.structured.minimax import Minimax
 from maskprune.structured.saliency import one_shot, warm_start
 from maskprune.training.checkpoints import latest, load_solver, mark_complete, save_solver
 from maskprune.training.data import block_order
-from maskprune.training.progress import note
+from maskprune.training.progress import note, reporting
 from maskprune.training.trace import TraceCallback
 from maskprune.training.trainer import (
     Blocks,
@@ -258,25 +258,30 @@ def prune(
         def compensation() -> list[nn.Parameter]:
             tokens = config.compensation_tokens or 32 * masks.shape.ffn
             fitted = blocks[: -(-tokens // blocks.shape[1])].to(device)
-            note(f"compensating for the pruned units on {fitted.numel():,} tokens", quiet)
-            with computing():
-                return compensate(peft_model, masks, solver.kept(), fitted)
+            what = "compensating for the pruned units"
+            with (
+                trace.outside_steps(),
+                computing(),
+                reporting(what, fitted.numel(), quiet) as progress,
+            ):
+                return compensate(peft_model, masks, solver.kept(), fitted, progress)
 
+        trace = TraceCallback(run / "trace.jsonl", config, quiet, _progress_line)
         callbacks: list[TrainerCallback] = [PruneCallback(solver, config.max_grad_norm)]
         if checkpoint is None:
             ranking = config.warm_start if learned else config.method
             if ranking != "none":
-                note(f"ranking the units by {ranking} on {sample.numel():,} tokens", quiet)
-            with computing():
-                if learned:
-                    warm_start(config.warm_start, peft_model, masks, budget, sample)
-                else:
-                    solver.lock(one_shot(config.method, peft_model, masks, budget, sample))
+                what = f"ranking the units by {ranking}"
+                with computing(), reporting(what, sample.numel(), quiet) as progress:
+                    ranked = (ranking, peft_model, masks, budget, sample, progress)
+                    if learned:
+                        warm_start(*ranked)
+                    else:
+                        solver.lock(one_shot(*ranked))
             if config.compensate and solver.locked:
                 compensation()
         if config.compensate and learned:
             callbacks.append(CompensationCallback(solver, compensation))
-        trace = TraceCallback(run / "trace.jsonl", config, quiet, _progress_line)
         trainer = PruneTrainer(
             model=peft_model,
             args=training_arguments(config, run, steps, device, autocast),

@@ -23,12 +23,11 @@ from maskprune.hf.equality import (
     hidden_states_of,
     require_equal,
 )
-from maskprune.hf.families import layers_of
 from maskprune.hf.head import head_of, last_hidden_states
 from maskprune.training.checkpoints import latest, mark_complete
 from maskprune.training.data import block_order
 from maskprune.training.losses import hidden_cross_entropy, hidden_kl
-from maskprune.training.progress import Progress, note
+from maskprune.training.progress import note, reporting
 from maskprune.training.trace import TraceCallback
 from maskprune.training.trainer import (
     Blocks,
@@ -298,17 +297,8 @@ def choose_masks(
     if method == "magnitude":
         note("choosing 2:4 masks by magnitude", quiet)
         return one_shot_masks(model, method)
-    note(f"choosing 2:4 masks by {method} on {blocks.numel():,} tokens", quiet)
-    bar = Progress(len(layers_of(model)), 0, quiet, unit="block")
-
-    def progress(done: int, total: int) -> None:
-        bar.advance()
-        bar.show(done, "")
-
-    try:
+    with reporting(f"choosing 2:4 masks by {method}", blocks.numel(), quiet, "block") as progress:
         return one_shot_masks(model, method, blocks, update=update, progress=progress)
-    finally:
-        bar.close()
 
 
 def _progress_line(row: dict[str, Any]) -> str:
