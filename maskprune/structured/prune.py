@@ -16,6 +16,7 @@ from transformers import TrainerCallback, set_seed
 from maskprune.config import PruneConfig
 from maskprune.hf.families import family_of, output_names
 from maskprune.hf.head import head_of
+from maskprune.hf.quiet import quiet_transformers
 from maskprune.hf.shape import Shape
 from maskprune.structured.budget import Budget
 from maskprune.structured.callbacks import CompensationCallback, PruneCallback
@@ -215,16 +216,17 @@ def prune(
         if targets == ["all-linear"]
         or any(name.endswith(t) or t.endswith(f".{name}") for t in targets)
     }
-    peft_model: Any = get_peft_model(
-        core,
-        LoraConfig(
-            r=config.lora_r,
-            lora_alpha=config.lora_alpha,
-            rank_pattern=outputs,
-            alpha_pattern=outputs,
-            target_modules="all-linear" if targets == ["all-linear"] else targets,
-        ),
-    )
+    with quiet_transformers():
+        peft_model: Any = get_peft_model(
+            core,
+            LoraConfig(
+                r=config.lora_r,
+                lora_alpha=config.lora_alpha,
+                rank_pattern=outputs,
+                alpha_pattern=outputs,
+                target_modules="all-linear" if targets == ["all-linear"] else targets,
+            ),
+        )
     if config.gradient_checkpointing:
         checkpoint_activations(core)
     masks = attach_masks(peft_model, config.head_unit)

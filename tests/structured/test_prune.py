@@ -182,9 +182,9 @@ def test_the_compensation_runs_once_when_the_shape_is_final(monkeypatch):
     calls = []
     honest = training.compensate
 
-    def counted(model, masks, kept, blocks):
+    def counted(model, masks, kept, *rest):
         calls.append([int((m == 0).sum()) for m in kept])
-        return honest(model, masks, kept, blocks)
+        return honest(model, masks, kept, *rest)
 
     monkeypatch.setattr(training, "compensate", counted)
     result = run(reach=0.5)
