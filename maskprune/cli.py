@@ -142,6 +142,9 @@ def prune(argv: Sequence[str]) -> int:
     if files.output is None and not files.dry_run:
         raise ValueError("no output folder is given; pass -o OUT, or --dry-run to see the plan")
     from maskprune.commands.prune import run_prune
+    from maskprune.training.allocator import return_freed_memory
+
+    return_freed_memory()
 
     print(
         run_prune(
@@ -167,6 +170,9 @@ def sparsify(argv: Sequence[str]) -> int:
         "Learn 2:4 masks (MaskLLM), or choose them at once, and write a stock checkpoint.",
     )
     from maskprune.commands.sparsify import run_sparsify
+    from maskprune.training.allocator import return_freed_memory
+
+    return_freed_memory()
 
     print(
         run_sparsify(
