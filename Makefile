@@ -37,6 +37,7 @@ bench: $(VENV)/tested
 	$(BIN)/python -m benchmarks.ops.prox --rows $(R)/prox.jsonl --overwrite
 	$(BIN)/python -m benchmarks.ops.minimax_step --rows $(R)/minimax_step.jsonl --overwrite
 	$(BIN)/python -m benchmarks.ops.masked_forward ops --rows $(R)/masked_forward.jsonl --overwrite
+	$(BIN)/python -m benchmarks.ops.linear_kl --rounds 5 --rows $(R)/linear_kl.jsonl --overwrite
 	$(BIN)/python -m benchmarks.ops.two_four --rows $(R)/two_four.jsonl --overwrite
 	$(BIN)/python -m benchmarks.ops.fold ops --rows $(R)/fold.jsonl --overwrite
 	$(BIN)/python -m benchmarks.ops.fold stream --gb 4 --rows $(R)/stream.jsonl --overwrite

@@ -142,6 +142,9 @@ def prune(argv: Sequence[str]) -> int:
     if files.output is None and not files.dry_run:
         raise ValueError("no output folder is given; pass -o OUT, or --dry-run to see the plan")
     from maskprune.commands.prune import run_prune
+    from maskprune.training.allocator import return_freed_memory
+
+    return_freed_memory()
 
     print(
         run_prune(
@@ -167,6 +170,9 @@ def sparsify(argv: Sequence[str]) -> int:
         "Learn 2:4 masks (MaskLLM), or choose them at once, and write a stock checkpoint.",
     )
     from maskprune.commands.sparsify import run_sparsify
+    from maskprune.training.allocator import return_freed_memory
+
+    return_freed_memory()
 
     print(
         run_sparsify(
@@ -260,10 +266,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         return COMMANDS[name](rest)
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
+    except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
+        known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if isinstance(error, RuntimeError) and type(error) is not RuntimeError and not known:
             raise
         text = " ".join(str(error).split())
+        if known or "can't allocate memory" in text:
+            reason = ". ".join(text.split(". ")[:2]) or "of the host"
+            text = (
+                f"out of memory ({reason}); ask for less at once with --batch-size, --seq-len or "
+                "--gradient-checkpointing"
+            )
         print(f"maskprune {name}: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

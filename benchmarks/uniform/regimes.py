@@ -7,7 +7,6 @@ import time
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -231,30 +230,3 @@ def cache_difference(model: nn.Module, seed: int = 0) -> float:
     found = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1]
     expected = model(input_ids=ids, use_cache=False).logits[:, -1]
     return float((found - expected).abs().max().float() / expected.abs().max().float())
-
-
-def peak_mib(runner: Runner, device: str) -> float | None:
-    """Memory one call adds at its peak, in MiB: CUDA's allocator, or the resident set on Linux.
-
-    None where neither can be read. The CPU figure is the process's, so a call that reuses memory
-    the process already holds adds less than it needs.
-    """
-    runner.before()
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-        start = torch.cuda.memory_allocated()
-        runner.call()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - start) / 2**20
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        start = _status_kib("VmRSS")
-        runner.call()
-        return max(0.0, (_status_kib("VmHWM") - start) / 2**10)
-    except (OSError, KeyError):
-        return None
-
-
-def _status_kib(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(dict(line.split(":", 1) for line in lines)[field].split()[0])

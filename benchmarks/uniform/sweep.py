@@ -13,7 +13,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from benchmarks.harness import NOISE_LIMIT, Times, environment, interleaved, joules_per_call, ratio
-from benchmarks.uniform.regimes import Runner, cache_difference, nothing, peak_mib, prepare
+from benchmarks.harness.memory import peak_mib
+from benchmarks.uniform.regimes import Runner, cache_difference, nothing, prepare
 from benchmarks.uniform.shapes import Cost, Widths, cost_of, named_config, weights_folder
 from benchmarks.uniform.structure import structure_row
 from benchmarks.uniform.variants import TOLERANCE, cut, difference, draw_masks, widths_of
@@ -240,7 +241,8 @@ def _case(
         tag = f"{variant}_{regime}_{batch}_{length}".replace("-", "_")
         try:
             runner = prepare(model, regime, mode, batch, length, tag=tag, seed=plan.seed)
-            memory[variant] = peak_mib(runner, plan.device)
+            runner.before()
+            memory[variant] = peak_mib(runner.call, plan.device)
             runners[variant] = runner
         except (RuntimeError, ImportError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -129,6 +129,7 @@ def _check_equal(
 ) -> None:
     from maskprune.hf.equality import TOLERANCE, compare_logits
     from maskprune.hf.load import load_model
+    from maskprune.hf.quiet import quiet_transformers
     from maskprune.structured.masks import attach_masks, load_masks
     from maskprune.two_four.patterns import apply_masks, is_masks_file
     from maskprune.two_four.patterns import load_masks as load_two_four
@@ -137,7 +138,8 @@ def _check_equal(
     if adapter.is_dir():
         from peft import PeftModel
 
-        origin = PeftModel.from_pretrained(origin, adapter)
+        with quiet_transformers():
+            origin = PeftModel.from_pretrained(origin, adapter)
     if masks_file is not None and is_masks_file(masks_file):
         apply_masks(origin, load_two_four(masks_file)[0])
     elif masks_file is not None:

@@ -22,6 +22,7 @@ from maskprune.hf.equality import compare_logits, require_equal
 from maskprune.hf.load import load_model
 from maskprune.hf.model_card import model_card
 from maskprune.hf.shape import shape_of
+from maskprune.training.allocator import return_freed_memory
 from maskprune.training.speed import throughput
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -210,6 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=100, help="training steps (default 100)")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(argv)
+    return_freed_memory()
     try:
         info = demonstrate(given.out, given.steps, given.seed)
     except (ValueError, RuntimeError, FloatingPointError) as error:

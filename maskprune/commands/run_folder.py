@@ -19,6 +19,7 @@ from maskprune.hf.checkpoint_files import save_stock
 from maskprune.hf.demo_model import MODEL_NAME, demo_text
 from maskprune.hf.equality import compare_logits
 from maskprune.hf.load import load_model, resolve_model
+from maskprune.hf.quiet import quiet_transformers
 
 PACKAGES = ("maskprune", "torch", "transformers", "peft", "accelerate", "triton", "safetensors")
 C4 = "allenai/c4:en:train"
@@ -200,5 +201,6 @@ def _hub_folder(name: str) -> Path | None:
 def _reload(folder: Path, like: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
-    again = AutoModelForCausalLM.from_pretrained(folder, dtype=like.dtype)
+    with quiet_transformers():
+        again = AutoModelForCausalLM.from_pretrained(folder, dtype=like.dtype)
     return again.to(like.device).eval()

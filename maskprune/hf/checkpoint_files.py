@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from maskprune.files import replace_file, write_json
+from maskprune.hf.quiet import quiet_transformers
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -121,7 +122,8 @@ def save_stock(
     max_shard_size: str = "5GB",
 ) -> None:
     """Write `small` into the folder `out` as a checkpoint that transformers 4 and 5 load."""
-    small.save_pretrained(out, max_shard_size=max_shard_size)
+    with quiet_transformers():
+        small.save_pretrained(out, max_shard_size=max_shard_size)
     write_stock_files(
         out,
         small.config,

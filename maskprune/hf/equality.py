@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
+from maskprune.hf.families import FAMILIES, stock_model
+from maskprune.hf.head import head_of, last_hidden_states
+
 # Share of the largest logit that rounding may move; half precision rounds weights and activations.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 2e-2}
+# Logits are compared in float64, this many tokens' at a time.
+TOKENS_AT_ONCE = 64
+
+ToLogits = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -26,28 +35,70 @@ class Difference:
 
 
 @torch.no_grad()
-def logits_of(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """float64 logits of a model on `input_ids` (B, T), in eval mode."""
+def hidden_states_of(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """A model's last hidden states (B, T, d) on `input_ids` (B, T), block by block, in eval."""
     training = model.training
     model.eval()
-    logits: torch.Tensor = model(input_ids=input_ids).logits.double()
+    hidden = [last_hidden_states(model, ids) for ids in input_ids.split(1)]
     model.train(training)
-    return logits
+    return torch.cat(hidden)
 
 
-def difference_of(x: torch.Tensor, y: torch.Tensor) -> Difference:
-    """How far logits `y` are from `x`."""
-    y = y.to(x.device)
-    return Difference(
-        largest=float((x - y).abs().max()),
-        largest_logit=float(x.abs().max()),
-        top1_agreement=float((x.argmax(-1) == y.argmax(-1)).double().mean()),
-    )
+@torch.no_grad()
+def difference_of(
+    a: torch.Tensor, b: torch.Tensor, logits_of_a: ToLogits, logits_of_b: ToLogits
+) -> Difference:
+    """How far two models' logits are apart, a few tokens at a time.
+
+    Args:
+        a, b: the models' last hidden states (..., d).
+        logits_of_a, logits_of_b: what makes logits of them, see `Head`.
+    """
+    return _total(_slices(a, b, logits_of_a, logits_of_b))
 
 
-def compare_logits(a: nn.Module, b: nn.Module, input_ids: torch.Tensor) -> Difference:
-    """The largest difference of two models' logits on `input_ids` (B, T), in eval mode."""
-    return difference_of(logits_of(a, input_ids), logits_of(b, input_ids))
+@torch.no_grad()
+def compare_logits(a: Any, b: Any, input_ids: torch.Tensor) -> Difference:
+    """The largest difference of two models' logits on `input_ids` (B, T), in eval mode.
+
+    No more than a block's hidden states and a few tokens' logits are held at once; of a family
+    that is not in the table, a block's logits.
+    """
+
+    def slices() -> Iterator[torch.Tensor]:
+        for ids in input_ids.split(1):
+            (x, head_a), (y, head_b) = (_states(model, ids) for model in (a, b))
+            yield from _slices(x, y, head_a, head_b)
+
+    return _total(slices())
+
+
+def _slices(
+    a: torch.Tensor, b: torch.Tensor, logits_of_a: ToLogits, logits_of_b: ToLogits
+) -> Iterator[torch.Tensor]:
+    """Of a few tokens each: largest difference, largest logit, tokens of equal top 1, tokens."""
+    rows = (h.flatten(0, -2).split(TOKENS_AT_ONCE) for h in (a, b))
+    for h_a, h_b in zip(*rows, strict=True):
+        x, y = logits_of_a(h_a).double(), logits_of_b(h_b).double().to(a.device)
+        agreed = (x.argmax(-1) == y.argmax(-1)).sum()
+        numbers = (x - y).abs().max(), x.abs().max(), agreed, x.new_tensor(len(x))
+        yield torch.stack([n.double() for n in numbers])
+
+
+def _total(slices: Iterable[torch.Tensor]) -> Difference:
+    found = torch.stack(list(slices))
+    largest, largest_logit = found[:, :2].amax(0).tolist()
+    agreed, tokens = found[:, 2:].sum(0).tolist()
+    return Difference(largest, largest_logit, agreed / tokens)
+
+
+def _states(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, ToLogits]:
+    if stock_model(model).config.model_type in FAMILIES:
+        return hidden_states_of(model, ids), head_of(model)
+    training = model.training
+    logits: torch.Tensor = model.eval()(input_ids=ids, use_cache=False).logits
+    model.train(training)
+    return logits, lambda logits: logits
 
 
 def require_equal(difference: Difference, dtype: torch.dtype) -> None:

@@ -19,7 +19,10 @@ class Family:
 
     `qkv` holds the names of the query, key and value projections, or one name where they are
     fused into rows [q | k | v]; `gate_up` likewise the gate and up projections, or the single
-    first projection of a plain FFN. `transposed`: weights are (in, out), GPT-2's Conv1D.
+    first projection of a plain FFN. `transposed`: weights are (in, out), GPT-2's Conv1D. `tail`:
+    what the decoder runs after its last block, in order; a variant may lack some. `softcap`,
+    `logit_scale`, `logit_divisor`: config fields of what happens to the head's output, see
+    `head.Head`.
     """
 
     model_type: str
@@ -31,6 +34,10 @@ class Family:
     gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
     down: str = "down_proj"
     activation: str = "silu"
+    tail: tuple[str, ...] = ("norm",)
+    softcap: str | None = None
+    logit_scale: str | None = None
+    logit_divisor: str | None = None
     heads_field: str = "num_attention_heads"
     width_field: str = "intermediate_size"
     transposed: bool = False
@@ -57,8 +64,18 @@ FAMILIES: dict[str, Family] = {
         Family("mistral"),
         Family("qwen2"),
         Family("qwen3"),
-        Family("gemma2", activation="gelu_tanh", heads_divide_hidden=True),
-        Family("gemma3_text", activation="gelu_tanh", heads_divide_hidden=True),
+        Family(
+            "gemma2",
+            activation="gelu_tanh",
+            softcap="final_logit_softcapping",
+            heads_divide_hidden=True,
+        ),
+        Family(
+            "gemma3_text",
+            activation="gelu_tanh",
+            softcap="final_logit_softcapping",
+            heads_divide_hidden=True,
+        ),
         Family("phi3", qkv=("qkv_proj",), gate_up=("gate_up_proj",), fused=True),
         Family(
             "olmo2",
@@ -73,6 +90,7 @@ FAMILIES: dict[str, Family] = {
             gate_up=("c_fc",),
             down="c_proj",
             activation="gelu_tanh",
+            tail=("ln_f",),
             heads_field="n_head",
             width_field="n_inner",
             transposed=True,
@@ -86,6 +104,7 @@ FAMILIES: dict[str, Family] = {
             gate_up=("fc1",),
             down="fc2",
             activation="relu",
+            tail=("final_layer_norm", "project_out"),
             width_field="ffn_dim",
             no_heads="its config has no head size, so the head count cannot change",
         ),
@@ -140,6 +159,12 @@ def get_submodule(module: nn.Module, path: str) -> nn.Module:
 def stock_model(model: Any) -> Any:
     """The transformers model itself, inside a PEFT wrapper or not."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def decoder_of(model: Any) -> nn.Module:
+    """The module of a stock model that runs the blocks and what follows them, all but the head."""
+    base = stock_model(model)
+    return get_submodule(base, family_of(base.config).layers.rpartition(".")[0])
 
 
 def layers_of(model: Any) -> Sequence[nn.Module]:

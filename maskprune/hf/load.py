@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from maskprune.hf.demo_model import MODEL_NAME, demo_model_dir, gguf_options
+from maskprune.hf.quiet import quiet_transformers
 
 DTYPES = {
     "float32": torch.float32,
@@ -134,10 +136,13 @@ def load_model(
         options |= gguf_options(gguf)
     else:
         options["use_safetensors"] = True
+    # A download keeps its bars.
+    quiet = quiet_transformers() if Path(where).is_dir() else contextlib.nullcontext()
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            where, output_loading_info=True, **options
-        )
+        with quiet:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                where, output_loading_info=True, **options
+            )
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"model {where} could not be read ({_first_line(error)}); expected a folder with "

@@ -9,7 +9,7 @@ H = X X^T, K the channels that stay, D (O, I) the change of W.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from maskprune.hf.families import FAMILIES, attention_output, ffn_output, layers
 from maskprune.structured.cuts import query_head_mask
 from maskprune.structured.distill import teacher_mode
 from maskprune.structured.masks import Masks
-from maskprune.structured.saliency import TOKENS_AT_ONCE, Observer
+from maskprune.structured.saliency import Observer, batches
+from maskprune.training.progress import Report
 
 Place = tuple[str, int]
 
@@ -90,7 +91,11 @@ def _cholesky(H: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def compensate(
-    model: nn.Module, masks: Masks, kept: tuple[torch.Tensor, torch.Tensor], blocks: torch.Tensor
+    model: nn.Module,
+    masks: Masks,
+    kept: tuple[torch.Tensor, torch.Tensor],
+    blocks: torch.Tensor,
+    progress: Report | None = None,
 ) -> list[nn.Parameter]:
     """Start the adapters of W_O and W_down anew, at the compensation of what `kept` leaves out.
 
@@ -101,6 +106,7 @@ def compensate(
         kept: the masks of heads and FFN units with 0 for what goes, in the shapes of
             `masks.head` and `masks.ffn`.
         blocks: (n, T) token ids on the model's device.
+        progress: called with the batches done and of how many.
 
     Returns:
         The parameters that were set, whose optimizer state is void.
@@ -124,16 +130,29 @@ def compensate(
         if bool((m != 1).any()) and hasattr(modules[place], "lora_A")
     ]
     changed: list[nn.Parameter] = []
-    limit = _gram_bytes(blocks.device)
-    while todo:
-        held, now = 0, list[Place]()
-        while todo and (not now or held + 4 * len(channels[todo[0]]) ** 2 <= limit):
-            held += 4 * len(channels[todo[0]]) ** 2
-            now.append(todo.pop(0))
-        grams = _grams(model, masks, now, blocks)
-        for place in now:
+    groups = _groups(todo, channels, _gram_bytes(blocks.device))
+    for number, places in enumerate(groups):
+        parts = batches(blocks, progress, number, len(groups))
+        grams = _grams(model, masks, places, parts)
+        for place in places:
             changed += _start(modules[place], grams.pop(place), channels[place], family.transposed)
     return changed
+
+
+def _groups(
+    places: list[Place], channels: dict[Place, torch.Tensor], limit: int
+) -> list[list[Place]]:
+    """The places whose H fit into `limit` bytes together, one place at least; a pass each."""
+    groups: list[list[Place]] = []
+    held = limit
+    for place in places:
+        size = 4 * len(channels[place]) ** 2
+        if held + size > limit:
+            groups.append([])
+            held = 0
+        groups[-1].append(place)
+        held += size
+    return groups
 
 
 def _gram_bytes(device: torch.device) -> int:
@@ -145,9 +164,9 @@ def _gram_bytes(device: torch.device) -> int:
 
 
 def _grams(
-    model: nn.Module, masks: Masks, places: list[Place], blocks: torch.Tensor
+    model: nn.Module, masks: Masks, places: list[Place], parts: Iterable[torch.Tensor]
 ) -> dict[Place, torch.Tensor]:
-    """H of each place, float32, from the activations of the dense model."""
+    """H of each place, float32, from the dense model's activations on `parts` (B, T)."""
     grams: dict[Place, torch.Tensor] = {}
 
     def see(kind: str, layer: int, module: nn.Module, x: torch.Tensor, g: Any) -> None:
@@ -162,8 +181,8 @@ def _grams(
 
     wanted = set(places)
     with teacher_mode(model, masks), Observer(model, FAMILIES[masks.family], see):
-        for ids in blocks.split(max(1, TOKENS_AT_ONCE // blocks.shape[1])):
-            model(input_ids=ids, use_cache=False)
+        for ids in parts:
+            model(input_ids=ids, use_cache=False, logits_to_keep=1)
     return grams
 
 

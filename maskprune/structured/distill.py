@@ -16,8 +16,9 @@ from torch import nn
 from torch.nn import functional
 
 from maskprune.hf.families import layers_of, stock_model
+from maskprune.hf.head import head_of, last_hidden_states, tail_of
 from maskprune.structured.masks import Masks
-from maskprune.training.losses import token_kl
+from maskprune.training.losses import hidden_kl
 
 
 @dataclass
@@ -54,7 +55,8 @@ def distill(
 
     Teacher and student run layer by layer side by side, so that of the teacher's activations only
     the current layer's are alive. Under activation checkpointing, which runs layers twice, the
-    teacher's hidden states are kept instead.
+    teacher's hidden states are kept instead. Logits are made of a few tokens at a time, but for a
+    head that is adapted or has hooks, see `Head.obstacle`.
 
     Args:
         model: transformers causal LM with masks attached, or the PEFT model around it.
@@ -62,37 +64,54 @@ def distill(
         kl_direction: see `token_kl`.
     """
     base = stock_model(model)
-    if alpha == 0 or getattr(base, "is_gradient_checkpointing", False):
+    if alpha == 0 or _checkpoints_activations(base):
         student, teacher, layer = _teacher_first(model, base, masks, input_ids, alpha != 0)
     else:
         student, teacher, layer = _side_by_side(model, base, masks, input_ids)
-    kl = token_kl(student, teacher, kl_direction)
+    kl = hidden_kl(
+        head_of(base), student, teacher, kl_direction, lambda: teacher_mode(model, masks)
+    )
     return DistillLoss(kl + alpha * layer if alpha else kl, kl, layer)
+
+
+def _checkpoints_activations(base: nn.Module) -> bool:
+    # transformers' own property was renamed within version 5; the old name warns in newer ones.
+    return any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
 
 
 def _teacher_first(
     model: nn.Module, base: Any, masks: Masks, input_ids: torch.Tensor, with_hidden: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Student and teacher logits, and the MSE term from both models' kept hidden states."""
+    """Last hidden states of student and teacher, and the MSE of their blocks' kept outputs."""
 
-    def run() -> tuple[torch.Tensor, list[torch.Tensor]]:
-        last: list[torch.Tensor] = []
-        # `hidden_states` ends with the normed state; the last block's own is the norm's input.
-        hook = _final_norm(base).register_forward_pre_hook(lambda _, args: last.append(args[0]))
+    def kept() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        states: list[torch.Tensor] = []
+
+        def keep(block: nn.Module, args: Any, output: Any) -> None:
+            states.append(_hidden(output))
+
+        blocks = layers_of(base) if with_hidden else []
+        handles = [block.register_forward_hook(keep) for block in blocks]
         try:
-            out = model(input_ids=input_ids, use_cache=False, output_hidden_states=with_hidden)
+            return last_hidden_states(model, input_ids), states
         finally:
-            hook.remove()
-        return out.logits, [*out.hidden_states[1:-1], *last] if with_hidden else []
+            for handle in handles:
+                handle.remove()
 
     with teacher_mode(model, masks):
-        teacher, hidden_t = run()
-    student, hidden_s = run()
+        teacher, hidden_t = kept()
+    student, hidden_s = kept()
     terms = [
         functional.mse_loss(h_s.float(), h_t.float())
         for h_s, h_t in zip(hidden_s, hidden_t, strict=True)
     ]
     return student, teacher, _sum(terms, student)
+
+
+def _hidden(output: Any) -> torch.Tensor:
+    """A block's output without what some versions give beside it."""
+    h: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return h
 
 
 def _sum(terms: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
@@ -102,7 +121,7 @@ def _sum(terms: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
 def _side_by_side(
     model: nn.Module, base: Any, masks: Masks, input_ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Student and teacher logits, and the sum over layers of the MSE.
+    """Last hidden states of student and teacher, and the sum over layers of the MSE.
 
     A hook on each block runs the block a second time on the teacher's hidden state.
     """
@@ -124,40 +143,18 @@ def _side_by_side(
                 out_t = block(*inputs, **kwargs)
         finally:
             busy = False
-        h_s, h_t = (o[0] if isinstance(o, tuple) else o for o in (output, out_t))
+        h_s, h_t = _hidden(output), _hidden(out_t)
         state["h"] = h_t
         terms.append(functional.mse_loss(h_s.float(), h_t.float()))
 
     handles = [
         block.register_forward_hook(run_teacher, with_kwargs=True) for block in layers_of(base)
     ]
-    tail = _tail(base)
     try:
-        student = model(input_ids=input_ids, use_cache=False).logits
+        student = last_hidden_states(model, input_ids)
     finally:
         for handle in handles:
             handle.remove()
     with teacher_mode(model, masks):
-        teacher = tail(state.pop("h"))
+        teacher = tail_of(base, state.pop("h"))
     return student, teacher, _sum(terms, student)
-
-
-def _final_norm(base: Any) -> nn.Module:
-    """The norm after the last block."""
-    core = base.get_decoder() if hasattr(base, "get_decoder") else base.base_model
-    names = ("norm", "ln_f", "final_layer_norm")
-    norm: nn.Module = next(
-        getattr(core, name) for name in names if getattr(core, name, None) is not None
-    )
-    return norm
-
-
-def _tail(base: Any) -> Any:
-    """What a stock model does after its last block: final norm, LM head, soft cap."""
-    cap = getattr(base.config, "final_logit_softcapping", None)
-
-    def tail(h: torch.Tensor) -> torch.Tensor:
-        logits = base.get_output_embeddings()(_final_norm(base)(h))
-        return torch.tanh(logits / cap) * cap if cap else logits
-
-    return tail

@@ -15,6 +15,8 @@ from transformers import TrainerCallback, set_seed
 
 from maskprune.config import PruneConfig
 from maskprune.hf.families import family_of, output_names
+from maskprune.hf.head import head_of
+from maskprune.hf.quiet import quiet_transformers
 from maskprune.hf.shape import Shape
 from maskprune.structured.budget import Budget
 from maskprune.structured.callbacks import CompensationCallback, PruneCallback
@@ -26,7 +28,7 @@ from maskprune.structured.minimax import Minimax
 from maskprune.structured.saliency import one_shot, warm_start
 from maskprune.training.checkpoints import latest, load_solver, mark_complete, save_solver
 from maskprune.training.data import block_order
-from maskprune.training.progress import note
+from maskprune.training.progress import note, reporting
 from maskprune.training.trace import TraceCallback
 from maskprune.training.trainer import (
     Blocks,
@@ -214,19 +216,22 @@ def prune(
         if targets == ["all-linear"]
         or any(name.endswith(t) or t.endswith(f".{name}") for t in targets)
     }
-    peft_model: Any = get_peft_model(
-        core,
-        LoraConfig(
-            r=config.lora_r,
-            lora_alpha=config.lora_alpha,
-            rank_pattern=outputs,
-            alpha_pattern=outputs,
-            target_modules="all-linear" if targets == ["all-linear"] else targets,
-        ),
-    )
+    with quiet_transformers():
+        peft_model: Any = get_peft_model(
+            core,
+            LoraConfig(
+                r=config.lora_r,
+                lora_alpha=config.lora_alpha,
+                rank_pattern=outputs,
+                alpha_pattern=outputs,
+                target_modules="all-linear" if targets == ["all-linear"] else targets,
+            ),
+        )
     if config.gradient_checkpointing:
         checkpoint_activations(core)
     masks = attach_masks(peft_model, config.head_unit)
+    if obstacle := head_of(core).obstacle:
+        note(f"{obstacle}: the loss needs whole logits, and their memory", quiet)
     reach = config.reach or (0.6 if config.warm_start == "none" else 0.1)
     solver = Minimax(
         masks,
@@ -255,25 +260,30 @@ def prune(
         def compensation() -> list[nn.Parameter]:
             tokens = config.compensation_tokens or 32 * masks.shape.ffn
             fitted = blocks[: -(-tokens // blocks.shape[1])].to(device)
-            note(f"compensating for the pruned units on {fitted.numel():,} tokens", quiet)
-            with computing():
-                return compensate(peft_model, masks, solver.kept(), fitted)
+            what = "compensating for the pruned units"
+            with (
+                trace.outside_steps(),
+                computing(),
+                reporting(what, fitted.numel(), quiet) as progress,
+            ):
+                return compensate(peft_model, masks, solver.kept(), fitted, progress)
 
+        trace = TraceCallback(run / "trace.jsonl", config, quiet, _progress_line)
         callbacks: list[TrainerCallback] = [PruneCallback(solver, config.max_grad_norm)]
         if checkpoint is None:
             ranking = config.warm_start if learned else config.method
             if ranking != "none":
-                note(f"ranking the units by {ranking} on {sample.numel():,} tokens", quiet)
-            with computing():
-                if learned:
-                    warm_start(config.warm_start, peft_model, masks, budget, sample)
-                else:
-                    solver.lock(one_shot(config.method, peft_model, masks, budget, sample))
+                what = f"ranking the units by {ranking}"
+                with computing(), reporting(what, sample.numel(), quiet) as progress:
+                    ranked = (ranking, peft_model, masks, budget, sample, progress)
+                    if learned:
+                        warm_start(*ranked)
+                    else:
+                        solver.lock(one_shot(*ranked))
             if config.compensate and solver.locked:
                 compensation()
         if config.compensate and learned:
             callbacks.append(CompensationCallback(solver, compensation))
-        trace = TraceCallback(run / "trace.jsonl", config, quiet, _progress_line)
         trainer = PruneTrainer(
             model=peft_model,
             args=training_arguments(config, run, steps, device, autocast),

@@ -6,7 +6,7 @@ rho saliency per weight freed, a a kind's share of the weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.nn import functional
 from maskprune.hf.families import FAMILIES, attention_output, ffn_output, layers_of, stock_model
 from maskprune.structured.budget import Budget, Split
 from maskprune.structured.masks import Masks
+from maskprune.training.progress import Report
 
 WARM_STARTS = ("none", "wanda-sp", "taylor")
 
@@ -44,7 +45,9 @@ class Observer:
                 return None
             if not x.requires_grad:
                 x = x.detach().requires_grad_()
-            x.register_hook(lambda g: see(kind, index, module, x.detach(), g))
+            # A hook that held x itself, its own owner, would keep it alive: no collector sees that.
+            value = x.detach()
+            x.register_hook(lambda g: see(kind, index, module, value, g))
             return (x, *args[1:])
 
         return watch
@@ -61,7 +64,20 @@ class Observer:
 TOKENS_AT_ONCE = 512
 
 
-def taylor(model: nn.Module, masks: Masks, blocks: torch.Tensor) -> Saliency:
+def batches(
+    blocks: torch.Tensor, progress: Report | None = None, earlier: int = 0, passes: int = 1
+) -> Iterator[torch.Tensor]:
+    """`blocks` (n, T) in parts of about `TOKENS_AT_ONCE` tokens, after `earlier` of `passes`."""
+    parts = blocks.split(max(1, TOKENS_AT_ONCE // blocks.shape[1]))
+    for done, ids in enumerate(parts, start=1 + earlier * len(parts)):
+        yield ids
+        if progress is not None:
+            progress(done, passes * len(parts))
+
+
+def taylor(
+    model: nn.Module, masks: Masks, blocks: torch.Tensor, progress: Report | None = None
+) -> Saliency:
     """Second-order saliency of removing a unit, from the diagonal Fisher information of its mask.
 
     At masks of 1 the distillation loss is flat and its Hessian is the Fisher information, so
@@ -70,6 +86,7 @@ def taylor(model: nn.Module, masks: Masks, blocks: torch.Tensor) -> Saliency:
 
     Args:
         blocks: (n, T) token ids on the model's device.
+        progress: called with the batches done and of how many.
 
     Returns:
         head (L, H) per query head, ffn (L, F), float32; comparable with each other.
@@ -93,7 +110,7 @@ def taylor(model: nn.Module, masks: Masks, blocks: torch.Tensor) -> Saliency:
     model.eval()
     try:
         with torch.enable_grad(), masks.off(), Observer(model, FAMILIES[masks.family], see):
-            for ids in blocks.split(max(1, TOKENS_AT_ONCE // blocks.shape[1])):
+            for ids in batches(blocks, progress):
                 embedded = base.get_input_embeddings()(ids).detach().requires_grad_()
                 logits = model(inputs_embeds=embedded, use_cache=False).logits
                 loss = functional.cross_entropy(
@@ -108,7 +125,9 @@ def taylor(model: nn.Module, masks: Masks, blocks: torch.Tensor) -> Saliency:
 
 
 @torch.no_grad()
-def wanda_sp(model: nn.Module, masks: Masks, blocks: torch.Tensor) -> Saliency:
+def wanda_sp(
+    model: nn.Module, masks: Masks, blocks: torch.Tensor, progress: Report | None = None
+) -> Saliency:
     """Wanda-sp's saliency: mean over rows of |W_ij| ||x_j||_2, summed over a head's columns.
 
     Scores W_O's columns for heads and W_down's for FFN units (FLAP's baseline of that name), from
@@ -128,8 +147,8 @@ def wanda_sp(model: nn.Module, masks: Masks, blocks: torch.Tensor) -> Saliency:
     model.eval()
     try:
         with masks.off(), Observer(model, family, see):
-            for ids in blocks.split(max(1, TOKENS_AT_ONCE // blocks.shape[1])):
-                model(input_ids=ids, use_cache=False)
+            for ids in batches(blocks, progress):
+                model(input_ids=ids, use_cache=False, logits_to_keep=1)
     finally:
         model.train(training)
     head = torch.zeros(shape.layers, shape.heads, device=blocks.device)
@@ -216,14 +235,19 @@ def nearest_equal(budget: Budget) -> Split:
 
 @torch.no_grad()
 def one_shot(
-    kind: str, model: nn.Module, masks: Masks, budget: Budget, blocks: torch.Tensor
+    kind: str,
+    model: nn.Module,
+    masks: Masks,
+    budget: Budget,
+    blocks: torch.Tensor,
+    progress: Report | None = None,
 ) -> Split:
     """Set the least salient units of every row to 0 and all others to 1; returns the split.
 
     With `wanda-sp` and the adapters' training after it, this is the baseline that a learned
     method has to beat.
     """
-    saliency = (taylor if kind == "taylor" else wanda_sp)(model, masks, blocks)
+    saliency = (taylor if kind == "taylor" else wanda_sp)(model, masks, blocks, progress)
     split = nearest_equal(budget)
     ranked = [(masks.ffn, saliency[1], split.ffn)]
     if masks.head.numel():
@@ -235,7 +259,12 @@ def one_shot(
 
 
 def warm_start(
-    kind: str, model: nn.Module, masks: Masks, budget: Budget, blocks: torch.Tensor
+    kind: str,
+    model: nn.Module,
+    masks: Masks,
+    budget: Budget,
+    blocks: torch.Tensor,
+    progress: Report | None = None,
 ) -> None:
     """Start the masks from `kind`: none, wanda-sp or taylor.
 
@@ -245,6 +274,7 @@ def warm_start(
     if kind not in WARM_STARTS:
         raise ValueError(f"warm_start is {kind!r}; expected one of {', '.join(WARM_STARTS)}")
     if kind == "taylor":
-        start_masks(masks, budget, taylor(model, masks, blocks))
+        start_masks(masks, budget, taylor(model, masks, blocks, progress))
     elif kind == "wanda-sp":
-        start_masks(masks, budget, wanda_sp(model, masks, blocks), across_kinds=False)
+        saliency = wanda_sp(model, masks, blocks, progress)
+        start_masks(masks, budget, saliency, across_kinds=False)

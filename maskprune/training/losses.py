@@ -1,12 +1,20 @@
-"""The Kullback-Leibler divergence of the logits, without copies of their size."""
+"""What training minimises, without copies of the logits' size: KL of two models, cross entropy."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
-KL_DIRECTIONS = ("teacher_student", "student_teacher")
+from maskprune.hf.head import Head
+from maskprune.ops import linear_kl
+from maskprune.ops.linear_kl import check_direction, kl_rows, rows_at_once
+
 _ROWS = 256
 
 
@@ -19,17 +27,8 @@ class _TokenKL(torch.autograd.Function):
         n = student.shape[0]
         for start in range(0, n, _ROWS):
             part = slice(start, start + _ROWS)
-            log_s = student[part].float().log_softmax(-1)
-            log_t = teacher[part].float().log_softmax(-1)
-            p_s = log_s.exp()
-            if reverse:
-                gap = log_s - log_t
-                kl = (p_s * gap).sum(-1, keepdim=True)
-                part_grad = p_s * (gap - kl)
-            else:
-                p_t = log_t.exp()
-                kl = (p_t * (log_t - log_s)).sum(-1, keepdim=True)
-                part_grad = p_s - p_t
+            log_p, log_q = (z[part].float().log_softmax(-1) for z in (student, teacher))
+            kl, part_grad = kl_rows(log_p, log_q, reverse)
             total += kl.sum()
             grad[part] = (part_grad / n).to(grad.dtype)
         ctx.save_for_backward(grad)
@@ -51,10 +50,66 @@ def token_kl(
         direction: `teacher_student`, the ancestors' code, or `student_teacher`, as the paper
             prints it.
     """
-    if direction not in KL_DIRECTIONS:
-        raise ValueError(
-            f"kl_direction is {direction!r}; expected one of {', '.join(KL_DIRECTIONS)}"
-        )
+    check_direction(direction)
     flat = student.flatten(0, -2), teacher.detach().flatten(0, -2)
     kl: torch.Tensor = _TokenKL.apply(*flat, direction == "student_teacher")
     return kl
+
+
+def hidden_kl(
+    head: Head,
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    direction: str = "teacher_student",
+    as_teacher: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> torch.Tensor:
+    """`token_kl` from last hidden states (..., d), with logits of a few tokens at a time.
+
+    A head that is more than its frozen weights makes whole logits, see `Head.obstacle`.
+
+    Args:
+        as_teacher: within this context such a head is the teacher's.
+    """
+    module: Any = head.module
+    if head.obstacle:
+        with as_teacher(), torch.no_grad():
+            teacher = head(teacher)
+        return token_kl(head(student), teacher, direction)
+    return linear_kl(
+        student,
+        teacher,
+        module.weight,
+        module.bias,
+        scale=head.scale,
+        softcap=head.softcap,
+        direction=direction,
+    )
+
+
+def hidden_cross_entropy(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy of `targets` (n,) from last hidden states (n, d), in chunks of tokens.
+
+    Any head will do. Logits are made again in the backward, but by torch's own chunked operation,
+    where it is exact: it rounds the loss to the dtype of the hidden states and knows no autocast.
+    """
+    module: Any = head.module
+    rows = rows_at_once(module.weight.shape[0], hidden)
+    plain = head.obstacle is None and head.scale == 1 and head.softcap is None
+    full = hidden.dtype == torch.float32 and not torch.is_autocast_enabled(hidden.device.type)
+    if plain and full and hasattr(nn, "LinearCrossEntropyOptions"):
+        return functional.linear_cross_entropy(
+            hidden,
+            module.weight,
+            targets,
+            linear_bias=module.bias,
+            options=nn.LinearCrossEntropyOptions(batch_chunk_size=rows),
+        )
+
+    def part(h: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(head(h).float(), y, reduction="sum")
+
+    parts = [
+        checkpoint(part, h, y, use_reentrant=False)
+        for h, y in zip(hidden.split(rows), targets.split(rows), strict=True)
+    ]
+    return torch.stack(parts).sum() / len(targets)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tqdm import tqdm
@@ -16,6 +18,39 @@ def note(text: str, quiet: bool) -> None:
         sys.stderr.flush()
 
 
+# Called with how much is done and of how much.
+Report = Callable[[int, int], None]
+# Where there is no terminal, a line no more often than that.
+SECONDS_A_LINE = 10.0
+
+
+@contextlib.contextmanager
+def reporting(what: str, tokens: int, quiet: bool, unit: str = "batch") -> Iterator[Report]:
+    """Say `what` is done on how many tokens, then how far it is and the time left.
+
+    Yields what the work calls after each part; nothing is shown where it is quiet.
+    """
+    note(f"{what} on {tokens:,} tokens", quiet)
+    began = said = time.monotonic()
+    progress: Progress | None = None
+
+    def report(done: int, total: int) -> None:
+        nonlocal progress, said
+        if progress is None:
+            progress = Progress(total, quiet=quiet, unit=unit, name=what)
+            progress.started = began
+        progress.advance()
+        if done == total or time.monotonic() - said >= SECONDS_A_LINE:
+            said = time.monotonic()
+            progress.show(done, "")
+
+    try:
+        yield report
+    finally:
+        if progress is not None:
+            progress.close()
+
+
 class Progress:
     """The latest numbers and the time left.
 
@@ -23,14 +58,19 @@ class Progress:
     """
 
     def __init__(
-        self, total_steps: int, done: int = 0, quiet: bool = False, unit: str = "step"
+        self,
+        total_steps: int,
+        done: int = 0,
+        quiet: bool = False,
+        unit: str = "step",
+        name: str = "maskprune",
     ) -> None:
         self.total, self.first, self.started = total_steps, done, time.monotonic()
         self.quiet, self.unit = quiet, unit
         self.bar: Any = None
         if not quiet and sys.stderr.isatty():
             self.bar = tqdm(
-                total=total_steps, initial=done, desc="maskprune", unit=unit, dynamic_ncols=True
+                total=total_steps, initial=done, desc=name, unit=unit, dynamic_ncols=True
             )
 
     def advance(self) -> None:
@@ -50,6 +90,13 @@ class Progress:
                 filter(None, (f"{self.unit} {done}/{self.total}", text, f"left {left}"))
             )
             print(line, file=sys.stderr, flush=True)
+
+    def skip(self, seconds: float) -> None:
+        """Leave out of the time left what went into other work than steps."""
+        self.started += seconds
+        if self.bar is not None:
+            self.bar.start_t += seconds
+            self.bar.last_print_t += seconds
 
     def close(self) -> None:
         """Leave the terminal as it was."""

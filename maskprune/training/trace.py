@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,16 @@ class TraceCallback(TrainerCallback):
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         self.progress.show(done, self.line(row))
+
+    @contextlib.contextmanager
+    def outside_steps(self) -> Iterator[None]:
+        """What runs within counts neither in the steps' tokens/s nor in the time left."""
+        began = time.monotonic()
+        yield
+        seconds = time.monotonic() - began
+        self.mark = (self.mark[0], self.mark[1] + seconds)
+        if self.progress is not None:
+            self.progress.skip(seconds)
 
     def row(self, done: int, optimizer: Any) -> dict[str, Any]:
         """The state of the run after `done` steps."""

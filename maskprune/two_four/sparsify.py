@@ -14,16 +14,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers import set_seed
 
 from maskprune.config import SparsifyConfig
-from maskprune.hf.equality import Difference, difference_of, logits_of, require_equal
-from maskprune.hf.families import layers_of
+from maskprune.hf.equality import (
+    Difference,
+    difference_of,
+    hidden_states_of,
+    require_equal,
+)
+from maskprune.hf.head import head_of, last_hidden_states
 from maskprune.training.checkpoints import latest, mark_complete
 from maskprune.training.data import block_order
-from maskprune.training.losses import token_kl
-from maskprune.training.progress import Progress, note
+from maskprune.training.losses import hidden_cross_entropy, hidden_kl
+from maskprune.training.progress import note, reporting
 from maskprune.training.trace import TraceCallback
 from maskprune.training.trainer import (
     Blocks,
@@ -71,6 +75,7 @@ class SparsifyTrainer(BlockTrainer):
         chosen = config.regulariser_weight
         self.reward = REGULARISER_WEIGHTS[config.regulariser] if chosen is None else chosen
         self.drawn = (-1, 0)
+        self.head = head_of(self.model)
 
     def create_optimizer(self, model: Any = None) -> Any:
         if self.optimizer is None:
@@ -113,12 +118,13 @@ class SparsifyTrainer(BlockTrainer):
         if config.loss == "kl":
             training = model.training
             with torch.no_grad(), self.masks.seen_as("off"):
-                teacher = model.eval()(input_ids=ids, use_cache=False).logits
+                teacher = last_hidden_states(model.eval(), ids)
             model.train(training)
-            fit = token_kl(model(input_ids=ids, use_cache=False).logits, teacher)
+            student = last_hidden_states(model, ids)
+            fit = hidden_kl(self.head, student, teacher)
         else:
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-            fit = functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+            hidden = last_hidden_states(model, ids)[:, :-1]
+            fit = hidden_cross_entropy(self.head, hidden.flatten(0, 1), ids[:, 1:].flatten())
         total, squares = self.masks.kept_norms()
         kept = total / self.dense_norm
         reward = squares if config.regulariser == "sum" else kept
@@ -244,6 +250,8 @@ def _learn(
         stack.callback(masks.detach)
         if config.gradient_checkpointing:
             checkpoint_activations(model)
+        if config.loss == "kl" and (obstacle := head_of(model).obstacle):
+            note(f"{obstacle}: the loss needs whole logits, and their memory", quiet)
         autocast = use_autocast(config, model, device)
         trace = TraceCallback(run / "trace.jsonl", config, quiet, _progress_line)
         trainer = SparsifyTrainer(
@@ -261,10 +269,11 @@ def _learn(
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         model.eval()
         with masks.seen_as("hard"):
-            masked = logits_of(model, proof)
+            masked = hidden_states_of(model, proof)
         chosen = masks.choice()
     apply_masks(model, chosen)
-    difference = difference_of(masked, logits_of(model, proof))
+    head = head_of(model)
+    difference = difference_of(masked, hidden_states_of(model, proof), head, head)
     require_equal(difference, model.dtype)
     return SparsifyResult(model, chosen, difference, trace.rows, steps)
 
@@ -288,17 +297,8 @@ def choose_masks(
     if method == "magnitude":
         note("choosing 2:4 masks by magnitude", quiet)
         return one_shot_masks(model, method)
-    note(f"choosing 2:4 masks by {method} on {blocks.numel():,} tokens", quiet)
-    bar = Progress(len(layers_of(model)), 0, quiet, unit="block")
-
-    def progress(done: int, total: int) -> None:
-        bar.advance()
-        bar.show(done, "")
-
-    try:
+    with reporting(f"choosing 2:4 masks by {method}", blocks.numel(), quiet, "block") as progress:
         return one_shot_masks(model, method, blocks, update=update, progress=progress)
-    finally:
-        bar.close()
 
 
 def _progress_line(row: dict[str, Any]) -> str:

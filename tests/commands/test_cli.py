@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -30,11 +33,19 @@ def place(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def pruned(place) -> Path:
     out = place / "out"
-    code = main(
-        ["prune", str(place / "model"), "-o", str(out), *PRUNE, "--data", str(place / "text.jsonl")]
-    )
+    arguments = [str(place / "model"), "-o", str(out), *PRUNE, "--data", str(place / "text.jsonl")]
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), warnings.catch_warnings():
+        warnings.simplefilter("always")
+        code = main(["prune", *arguments])
     assert code == 0
+    (place / "said.txt").write_text(said.getvalue())
     return out
+
+
+def test_prune_shows_its_own_progress_and_nobody_else_s_bars_and_warnings(pruned, place):
+    starts = {line.split()[0] for line in (place / "said.txt").read_text().splitlines()}
+    assert starts == {"ranking", "batch", "step", "compensating"}
 
 
 def test_prune_writes_a_stock_checkpoint_and_its_record(pruned):
@@ -240,3 +251,24 @@ def test_an_unknown_command_lists_those_there_are(capsys):
     assert main(["prun"]) == 2
     err = capsys.readouterr().err
     assert all(name in err for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 4 GiB."
+        ),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 2 bytes."),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_is_one_line(error, monkeypatch, capsys):
+    def fail(argv):
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "prune", fail)
+    assert main(["prune"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("maskprune prune: out of memory (") and said.count("\n") == 1
+    assert "--batch-size" in said and "total capacity" not in said

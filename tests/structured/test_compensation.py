@@ -15,7 +15,7 @@ from maskprune.hf.families import (
     layers_of,
     output_names,
 )
-from maskprune.structured import compensation
+from maskprune.structured import compensation, saliency
 from maskprune.structured.compensation import compensate, low_rank_compensation
 from maskprune.structured.distill import teacher_mode
 from maskprune.structured.export import export
@@ -179,11 +179,16 @@ def test_every_family_comes_nearer_to_its_dense_self(family, kind, head_unit):
 def test_layers_in_several_passes_give_the_same_as_all_at_once(monkeypatch):
     ids = tokens(8, 20)
     results = []
-    for limit in (2**30, 1):
+    monkeypatch.setattr(saliency, "TOKENS_AT_ONCE", 40)
+    for limit, passes in ((2**30, 1), (1, 4)):
         monkeypatch.setattr(compensation, "GRAM_BYTES", limit)
         model, masks = adapted("llama")
         kept = masks.head.detach().clone(), masks.ffn.detach().clone()
-        results.append(compensate(model, masks, kept, ids))
+        said = []
+        results.append(
+            compensate(model, masks, kept, ids, lambda *now, said=said: said.append(now))
+        )
+        assert said == [(done, 4 * passes) for done in range(1, 4 * passes + 1)]
     for p, q in zip(*results, strict=True):
         assert torch.equal(p, q)
 

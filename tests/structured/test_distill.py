@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import randomise, tiny_model, tokens
+from models import randomise, tiny_config, tiny_model, tokens
 from torch.nn import functional
 
-from maskprune.hf.families import FAMILIES
+from maskprune.hf.families import FAMILIES, layers_of
+from maskprune.hf.head import head_of, last_hidden_states, tail_of
 from maskprune.structured.distill import distill, teacher_mode
 from maskprune.structured.masks import attach_masks
 from maskprune.training.losses import token_kl
@@ -96,3 +97,92 @@ def test_the_teacher_is_the_dense_model_to_the_bit_and_state_is_restored():
     assert model.training and masks.enabled
     with torch.no_grad():
         assert not torch.equal(model(tokens()).logits, dense)
+
+
+def with_scaled_logits(family):
+    """A tiny model whose config bends the logits wherever its class has a field for that."""
+    fields = {"final_logit_softcapping": 2.0, "logit_scale": 0.5, "logits_scaling": 4.0}
+    config = tiny_config(family)
+    return tiny_model(family, **{k: v for k, v in fields.items() if hasattr(config, k)})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_table_knows_how_hidden_states_become_logits(family):
+    model = with_scaled_logits(family)
+    with torch.no_grad():
+        logits = model(tokens()).logits
+        hidden = last_hidden_states(model, tokens())
+        seen = []
+        hook = layers_of(model)[-1].register_forward_hook(lambda m, a, out: seen.append(out))
+        model(tokens())
+        hook.remove()
+        last = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+        torch.testing.assert_close(head_of(model)(hidden), logits)
+        torch.testing.assert_close(tail_of(model, last), hidden)
+
+
+@pytest.mark.parametrize("direction", ["teacher_student", "student_teacher"])
+@pytest.mark.parametrize("alpha", [0.0, 0.1])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_in_chunks_give_the_loss_of_whole_logits(family, alpha, direction):
+    model = with_scaled_logits(family)
+    masks = randomise(attach_masks(model, fused=False), 1, 8)
+    for p in model.get_output_embeddings().parameters():
+        p.requires_grad_(False)
+    results = []
+    for whole in (False, True):
+        hook = model.get_output_embeddings().register_forward_hook(lambda *_: None)
+        if not whole:
+            hook.remove()
+        assert bool(head_of(model).obstacle) == whole
+        loss = distill(model, masks, tokens(), alpha=alpha, kl_direction=direction)
+        masks.zero_grad()
+        loss.total.backward()
+        results.append((loss.total.detach(), loss.kl.detach(), masks.ffn.grad.clone()))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+
+
+def test_an_opt_with_projections_and_no_final_norm_is_distilled():
+    model = tiny_model("opt", word_embed_proj_dim=16, do_layer_norm_before=False)
+    masks = randomise(attach_masks(model, fused=False), 0, 8)
+    for p in model.parameters():
+        p.requires_grad_(False)
+    values = [distill(model, masks, tokens(), alpha=alpha).kl for alpha in (0.0, 0.1)]
+    model.get_output_embeddings().register_forward_hook(lambda *_: None)
+    values.append(distill(model, masks, tokens(), alpha=0.1).kl)
+    torch.testing.assert_close(values[0], values[1])
+    torch.testing.assert_close(values[0], values[2])
+
+
+@pytest.mark.parametrize(
+    "spoil, obstacle",
+    [
+        (lambda model: None, None),
+        (lambda model: model.lm_head.requires_grad_(True), "trained"),
+        (lambda model: model.lm_head.register_forward_pre_hook(lambda *_: None), "hooks"),
+        (lambda model: setattr(model.lm_head, "forward", model.lm_head.forward), "hooks"),
+    ],
+)
+def test_a_head_that_is_more_than_frozen_weights_says_so(spoil, obstacle):
+    model = tiny_model("llama").requires_grad_(False)
+    spoil(model)
+    found = head_of(model).obstacle
+    assert found is None if obstacle is None else obstacle in found
+
+
+def test_a_head_with_an_adapter_says_so_and_is_distilled_from_whole_logits():
+    from peft import LoraConfig, get_peft_model
+
+    peft = get_peft_model(
+        tiny_model("llama", tie_word_embeddings=False),
+        LoraConfig(r=2, target_modules=["lm_head", "q_proj"], init_lora_weights=False),
+    )
+    assert "adapted" in head_of(peft).obstacle
+    masks = attach_masks(peft, fused=False)
+    with torch.no_grad():
+        student = peft(tokens()).logits
+        with teacher_mode(peft, masks):
+            teacher = peft(tokens()).logits
+    for alpha in (0.0, 0.1):
+        kl = distill(peft, masks, tokens(), alpha=alpha).kl
+        torch.testing.assert_close(kl, token_kl(student, teacher))

@@ -56,6 +56,15 @@ def test_training_in_bfloat16_leaves_no_autocast_in_the_proof():
     assert difference.relative < 1e-4
 
 
+@pytest.mark.parametrize("targets", ["q_proj,down_proj", "q_proj,lm_head"])
+def test_a_loss_that_needs_whole_logits_says_so_once(targets, capsys):
+    model = tiny_model("llama", tie_word_embeddings=False)
+    config = PruneConfig(**(QUICK | dict(lora_targets=targets, steps=20)))
+    prune(model, None, data(), config)
+    said = capsys.readouterr().err.count("the head is a Linear, adapted or quantised: the loss")
+    assert said == ("lm_head" in targets)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -173,9 +182,9 @@ def test_the_compensation_runs_once_when_the_shape_is_final(monkeypatch):
     calls = []
     honest = training.compensate
 
-    def counted(model, masks, kept, blocks):
+    def counted(model, masks, kept, *rest):
         calls.append([int((m == 0).sum()) for m in kept])
-        return honest(model, masks, kept, blocks)
+        return honest(model, masks, kept, *rest)
 
     monkeypatch.setattr(training, "compensate", counted)
     result = run(reach=0.5)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from models import randomise, tiny_model, tokens
@@ -76,6 +79,22 @@ def test_wanda_sp_is_mean_weight_times_input_norm(family):
     norm = seen["ffn"].pow(2).sum((0, 1)).sqrt()
     torch.testing.assert_close(ffn[1], weight.abs().mean(0) * norm, rtol=1e-4, atol=1e-6)
     assert head.shape == (2, 4) and (head > 0).all()
+
+
+def test_taylor_keeps_no_activation_alive():
+    model = tiny_model("llama")
+    masks = attach_masks(model, fused=False)
+    seen = []
+
+    def note(module, args):
+        seen.append(weakref.ref(args[0]))
+
+    for layer in layers_of(model):
+        attention_output(layer, FAMILIES["llama"]).register_forward_pre_hook(note)
+        ffn_output(layer, FAMILIES["llama"]).register_forward_pre_hook(note)
+    taylor(model, masks, tokens(3, 12))
+    gc.collect()
+    assert len(seen) == 4 and not any(x() is not None for x in seen)
 
 
 def test_rankings_see_the_dense_model_whatever_the_masks_are():

@@ -1,0 +1,117 @@
+"""linear_kl against the KL of whole logits: time of forward and backward, and memory at the peak.
+
+    python -m benchmarks.ops.linear_kl
+
+From hidden states to their gradient, with the frozen head of SmolLM2-135M on a CPU, of Llama-3-8B
+on a GPU. `whole` makes both models' logits and takes `token_kl` of them, as maskprune did before;
+`autograd` is the definition in plain torch. `peak_mib` is what one call adds; `of_whole` the median
+over rounds of a provider's time over that of `whole` in the same round.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from benchmarks.harness import (
+    Parser,
+    environment,
+    fix_threads,
+    interleaved,
+    ratio,
+    show,
+    write_rows,
+)
+from benchmarks.harness.memory import peak_mib
+from maskprune.ops import linear_kl
+from maskprune.ops.linear_kl import reference
+from maskprune.training.losses import token_kl
+
+# Tokens, hidden size, vocabulary.
+SIZES = {
+    "cpu": ((512, 576, 49_152), (2048, 576, 49_152)),
+    "cuda": ((8192, 4096, 128_256),),
+}
+DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
+# Largest error of the gradient over its largest value, against `reference` in float32.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+COLUMNS = (
+    *("tokens", "hidden", "vocabulary", "dtype", "provider"),
+    *("median_ms", "p10_ms", "p90_ms", "of_whole", "peak_mib"),
+)
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def whole(s: torch.Tensor, t: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return token_kl(functional.linear(s, weight), functional.linear(t, weight))
+
+
+PROVIDERS: dict[str, Loss] = {"whole": whole, "autograd": reference, "chunks": linear_kl}
+
+
+def rows(device: str, seed: int, rounds: int) -> list[dict[str, Any]]:
+    """A row for every size, dtype and provider."""
+    kind, found = device.split(":")[0], []
+    generator = torch.Generator(device).manual_seed(seed)
+    for dtype in DTYPES[kind]:
+        for tokens, hidden, vocabulary in SIZES[kind]:
+            s = torch.randn(tokens, hidden, generator=generator, device=device).to(dtype)
+            t = s + 0.1 * torch.randn(tokens, hidden, generator=generator, device=device).to(dtype)
+            W = torch.randn(vocabulary, hidden, generator=generator, device=device).to(dtype)
+            W *= 2 / hidden**0.5
+            s.requires_grad_()
+
+            def call(loss: Loss, s: Any = s, t: Any = t, W: Any = W) -> list[torch.Tensor]:
+                value = loss(s, t, W)
+                return [value.detach(), *torch.autograd.grad(value, s)]
+
+            few = slice(0, 64)
+            exact = s.detach()[few].float().requires_grad_()
+            value = reference(exact, t[few].float(), W.float())
+            (expected,) = torch.autograd.grad(value, exact)
+            for name, loss in PROVIDERS.items():
+                head = s.detach()[few].requires_grad_()
+                got, gradient = call(loss, head, t[few])
+                error = (gradient.float() - expected).abs().max() / expected.abs().max()
+                assert abs(got / value - 1) < 0.05 and error < TOLERANCE[dtype], (name, error)
+            del exact, value, expected
+            calls = {name: lambda loss=loss: call(loss) for name, loss in PROVIDERS.items()}
+            times = interleaved(calls, device=device, seed=seed, rounds=rounds, warmup=1)
+            for name, provider in calls.items():
+                peak = peak_mib(provider, device)
+                found.append(
+                    {
+                        "op": "linear_kl",
+                        "provider": name,
+                        "tokens": tokens,
+                        "hidden": hidden,
+                        "vocabulary": vocabulary,
+                        "dtype": str(dtype)[6:],
+                        **times[name].row(),
+                        "of_whole": round(ratio([times[name]], [times["whole"]]), 3),
+                        "peak_mib": None if peak is None else round(peak, 1),
+                        "checked": True,
+                    }
+                    | environment(device, seed)
+                )
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = Parser(description=__doc__.splitlines()[0])
+    args = parser.parse_args(arguments)
+    fix_threads(args.threads)
+    found = rows(args.device, args.seed, args.rounds)
+    print(show(found, COLUMNS))
+    if args.rows:
+        ignore = ("id", "date", "commit", "of_whole", "peak_mib", "median_ms", "p10_ms", "p90_ms")
+        write_rows(args.rows, found, overwrite=args.overwrite, ignore=ignore)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""The last hidden states of a model and the head that makes logits of them, apart from each other.
+
+Logits are the largest tensor of a small model. Whoever needs them only to sum something over tokens
+takes the hidden states and applies the head to a slice of tokens at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from maskprune.hf.families import decoder_of, family_of, stock_model
+
+
+@dataclass(frozen=True)
+class Head:
+    """Logits z = scale * module(h) of last hidden states; capped, softcap * tanh(z / softcap)."""
+
+    module: nn.Module
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., d) -> (..., V)."""
+        logits: torch.Tensor = self.module(hidden)
+        if self.scale != 1:
+            logits = logits * self.scale
+        return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why the head is more than its frozen weight and bias; None where it is not."""
+        module: Any = self.module
+        if type(module) is not nn.Linear:
+            return f"the head is a {type(module).__name__}, adapted or quantised"
+        if any(p.requires_grad for p in module.parameters()):
+            return "the head is trained"
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return "the head has hooks"
+        if type(module.weight.data) is not torch.Tensor:
+            return "the head is sharded"
+        return None
+
+
+def head_of(model: Any) -> Head:
+    """The head of a stock model of a known family, inside a PEFT wrapper or not."""
+    base = stock_model(model)
+    family, config = family_of(base.config), base.config
+
+    def setting(name: str | None) -> float | None:
+        return getattr(config, name) if name else None
+
+    scale = (setting(family.logit_scale) or 1.0) / (setting(family.logit_divisor) or 1.0)
+    return Head(base.get_output_embeddings(), scale, setting(family.softcap))
+
+
+def last_hidden_states(model: nn.Module, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    """What the head is given for `input_ids` (B, T): (B, T, d).
+
+    The model runs as a whole, inside whatever wraps it, and makes logits of the last token only.
+
+    Args:
+        options: further arguments of the model's forward.
+    """
+    seen: list[torch.Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        seen.append(output[0])
+
+    handle = decoder_of(model).register_forward_hook(keep)
+    try:
+        model(input_ids=input_ids, use_cache=False, logits_to_keep=1, **options)
+    finally:
+        handle.remove()
+    return seen[-1]
+
+
+def tail_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """What a decoder does after its last block, to that block's output (B, T, d)."""
+    decoder = decoder_of(model)
+    for name in family_of(stock_model(model).config).tail:
+        module = getattr(decoder, name, None)
+        hidden = module(hidden) if module is not None else hidden
+    return hidden

@@ -1,0 +1,269 @@
+"""KL of two models' next-token distributions from hidden states, by a few rows of logits at a time.
+
+Legend: h (n, d) hidden states - W (V, d) and b (V,) the head - z = cap(scale * (h W^T + b)) logits,
+cap(z) = softcap * tanh(z / softcap) - p, q = softmax of the student's and the teacher's z.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+KL_DIRECTIONS = ("teacher_student", "student_teacher")
+# Of one chunk's logits in the dtype they are computed in; three or four of that size are alive.
+CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}
+
+
+def linear_kl(
+    student_hidden: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    direction: str = "teacher_student",
+    chunk: int | None = None,
+) -> torch.Tensor:
+    """mean over tokens of KL(q || p), in nats; or of KL(p || q).
+
+    The head is frozen, so the gradient by the student's hidden states is made in the forward, chunk
+    by chunk, and (n, V) logits never exist; there is no second derivative. Matrix products run in
+    the dtype of the hidden states, under autocast in autocast's; everything else in float32, in
+    float64 for float64. The gradient is divided by n in the backward, so that a loss scaled for
+    float16 keeps it.
+
+    Args:
+        student_hidden, teacher_hidden: (..., d), one dtype; the gradient goes to the student only.
+        weight: (V, d), and bias: (V,) or None, of the head that both share; without gradient.
+        scale: multiplies the logits (Cohere, Granite).
+        softcap: limit of the logits (Gemma); None: none.
+        direction: `teacher_student`, KL(q || p), or `student_teacher`, KL(p || q).
+        chunk: tokens at once; None: as many as make `CHUNK_BYTES` of logits.
+
+    Returns:
+        0-dim float32, or float64 for float64.
+
+    Raises:
+        ValueError: shapes that do not agree, no tokens, a head that is trained, an unknown
+            direction, a softcap or chunk that is not positive.
+        TypeError: dtypes that do not agree.
+
+    Source: the loss of MaskPrune (arXiv 2502.14008), section 3.3; chunks as in Liger-Kernel
+    (arXiv 2410.10989), section 3.2.
+    """
+    s, t = student_hidden, teacher_hidden.detach()
+    _check(s, t, weight, bias, softcap, direction, chunk)
+    kind = s.device.type
+    if torch.is_autocast_enabled(kind) and s.dtype != torch.float64:
+        lower = torch.get_autocast_dtype(kind)
+        s, t, weight = s.to(lower), t.to(lower), weight.to(lower)
+        bias = bias if bias is None else bias.to(lower)
+    chunk = chunk or rows_at_once(weight.shape[0], s)
+    d = s.shape[-1]
+    loss, _ = torch.ops.maskprune.linear_kl(
+        s.reshape(-1, d),
+        t.reshape(-1, d),
+        weight,
+        bias,
+        float(scale),
+        None if softcap is None else float(softcap),
+        direction == "student_teacher",
+        chunk,
+        torch.is_grad_enabled() and s.requires_grad,
+    )
+    result: torch.Tensor = loss
+    return result
+
+
+def rows_at_once(vocabulary: int, hidden: torch.Tensor) -> int:
+    """How many rows of logits make `CHUNK_BYTES`; at least 64, for the matrix product's sake."""
+    row = vocabulary * (8 if hidden.dtype == torch.float64 else 4)
+    return max(64, CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"]) // row)
+
+
+def _check(
+    s: torch.Tensor,
+    t: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    softcap: float | None,
+    direction: str,
+    chunk: int | None,
+) -> None:
+    if s.dim() == 0 or s.shape != t.shape or weight.dim() != 2 or s.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"linear_kl: student_hidden is {tuple(s.shape)}, teacher_hidden {tuple(t.shape)}, "
+            f"weight {tuple(weight.shape)}; expected (..., d), (..., d), (V, d)"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"linear_kl: bias is {tuple(bias.shape)}; expected ({weight.shape[0]},), as weight has"
+        )
+    if not s.numel():
+        raise ValueError(f"linear_kl: student_hidden is {tuple(s.shape)}; expected some tokens")
+    # Autocast is there to make one dtype of several.
+    same = torch.is_autocast_enabled(s.device.type) or s.dtype == t.dtype == weight.dtype
+    if not s.is_floating_point() or not same or (bias is not None and bias.dtype != weight.dtype):
+        raise TypeError(
+            f"linear_kl: student_hidden is {s.dtype}, teacher_hidden {t.dtype}, weight "
+            f"{weight.dtype}, bias {bias.dtype if bias is not None else None}; expected one "
+            "floating dtype; convert with .to()"
+        )
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        raise ValueError(
+            "linear_kl: the head requires a gradient, which this makes for the hidden states only; "
+            "pass weight.detach() of a frozen head, or compute the logits"
+        )
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"linear_kl: softcap is {softcap}; expected more than 0, or None")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"linear_kl: chunk is {chunk}; expected at least 1 token, or None")
+    check_direction(direction)
+
+
+def check_direction(direction: str) -> None:
+    """Raise ValueError for a direction that is not one of `KL_DIRECTIONS`."""
+    if direction not in KL_DIRECTIONS:
+        raise ValueError(
+            f"kl_direction is {direction!r}; expected one of {', '.join(KL_DIRECTIONS)}"
+        )
+
+
+def reference(
+    student_hidden: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    direction: str = "teacher_student",
+) -> torch.Tensor:
+    """The definition, from whole logits, differentiable by autograd."""
+    log_p, log_q = (
+        _capped(functional.linear(h, weight, bias), scale, softcap).log_softmax(-1)
+        for h in (student_hidden, teacher_hidden.detach())
+    )
+    if direction == "student_teacher":
+        log_p, log_q = log_q, log_p
+    return (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+
+
+def _capped(z: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:
+    z = (z.double() if z.dtype == torch.float64 else z.float()) * scale
+    return torch.tanh(z / softcap) * softcap if softcap else z
+
+
+def kl_rows(
+    log_p: torch.Tensor, log_q: torch.Tensor, reverse: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL of each row and its gradient by the student's logits; uses up its arguments.
+
+    Args:
+        log_p, log_q: (n, V) log-softmax of the student's and the teacher's logits.
+        reverse: KL(p || q), not KL(q || p).
+
+    Returns:
+        (n,) and (n, V).
+    """
+    if reverse:
+        p = log_p.exp()
+        gap = log_p.sub_(log_q)
+        kl = torch.mul(p, gap, out=log_q).sum(-1)
+        return kl, gap.sub_(kl[:, None]).mul_(p)
+    q = log_q.exp()
+    kl = log_q.sub_(log_p).mul_(q).sum(-1)
+    return kl, log_p.exp_().sub_(q)
+
+
+def _forward(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+    reverse: bool,
+    chunk: int,
+    with_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss, and the gradient of its sum over tokens by `student`; empty where not wanted."""
+    work = torch.float64 if student.dtype == torch.float64 else torch.float32
+    n = student.shape[0]
+    gradient = torch.empty_like(student if with_gradient else student[:0])
+    total = student.new_zeros((), dtype=work)
+    with torch.autocast(student.device.type, enabled=False):
+        for start in range(0, n, chunk):
+            rows = slice(start, start + chunk)
+            z = _logits(student[rows], weight, bias, scale, softcap)
+            slope = 1 - (z / softcap).square_() if softcap and with_gradient else None
+            log_p = z.log_softmax(-1)
+            z = _logits(teacher[rows], weight, bias, scale, softcap)
+            log_q = z.log_softmax(-1)
+            del z
+            kl, d = kl_rows(log_p, log_q, reverse)
+            total += kl.sum()
+            if with_gradient:
+                d = d if slope is None else d.mul_(slope)
+                d = d if scale == 1 else d.mul_(scale)
+                torch.mm(d.to(weight.dtype), weight, out=gradient[rows])
+    return total / n, gradient
+
+
+def _logits(
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    z = functional.linear(h, weight, bias)
+    z = z if z.dtype == torch.float64 else z.float()
+    z = z if scale == 1 else z.mul_(scale)
+    return z.div_(softcap).tanh_().mul_(softcap) if softcap else z
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    ctx.save_for_backward(output[1])
+    ctx.tokens = inputs[0].shape[0]
+
+
+def _gradients(ctx: Any, upstream: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "linear_kl has no second derivative; use maskprune.ops.linear_kl.reference"
+        )
+    (gradient,) = ctx.saved_tensors
+    return ((gradient * (upstream / ctx.tokens)).to(gradient.dtype), *[None] * 8)
+
+
+_OP = "maskprune::linear_kl"
+torch.library.define(
+    _OP,
+    "(Tensor student, Tensor teacher, Tensor weight, Tensor? bias, float scale, float? softcap,"
+    " bool reverse, int chunk, bool with_gradient) -> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.impl(_OP, "default", _forward)
+torch.library.register_autograd(_OP, _gradients, setup_context=_save)
+
+
+@torch.library.register_fake(_OP)
+def _fake(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+    reverse: bool,
+    chunk: int,
+    with_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    work = torch.float64 if student.dtype == torch.float64 else torch.float32
+    return student.new_empty((), dtype=work), torch.empty_like(
+        student if with_gradient else student[:0]
+    )

@@ -1,0 +1,27 @@
+"""Freed host memory goes back to the system, so that a run needs little more than it holds."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+
+_M_MMAP_THRESHOLD = -3
+# glibc takes what is larger from the system alone and gives it back at once; left to itself it
+# raises that limit to 32 MiB after the first large tensors, and then keeps activations of a few
+# MiB on a heap full of holes.
+THRESHOLD = 2**20
+USERS_OWN = ("MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD")
+
+
+def return_freed_memory() -> None:
+    """Let glibc return every freed tensor of a MiB or more; for programs, since it is for good.
+
+    Nothing happens with another C library, or where the environment chooses an allocator.
+    """
+    if any(name in os.environ for name in USERS_OWN):
+        return
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "gnu_get_libc_version"):
+            libc.mallopt(_M_MMAP_THRESHOLD, THRESHOLD)
