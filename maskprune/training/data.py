@@ -16,6 +16,17 @@ import torch
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".txt.gz", ".jsonl.gz", ".json.gz")
+# What an instruct model's tokenizer may call EOS: the end of a turn, which pretraining never saw.
+TURN_ENDS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eot|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<|END_OF_TURN_TOKEN|>",
+    "[|endofturn|]",
+)
+PRETRAINING_ENDS = ("<|endoftext|>", "<|end_of_text|>", "<EOS_TOKEN>", "<eos>", "</s>")
 SPLITS = ("train", "validation", "valid", "dev", "test")
 DOCUMENTS_PER_CALL = 256
 
@@ -31,12 +42,16 @@ def token_blocks(
     seed: int = 0,
     split: str = "train",
 ) -> torch.Tensor:
-    """Blocks of seq_len tokens: documents tokenised, each followed by EOS, packed, shuffled.
+    """Blocks of seq_len tokens: documents as in pretraining, packed, cut and shuffled.
+
+    A document is what `text_prefix` names (BOS, where the tokenizer adds one), its tokens and
+    `document_end`. A block that begins within a document begins with the prefix too, since a
+    model trained with BOS breaks down where it has none to attend to.
 
     Args:
         source: a .txt file (one document), a .jsonl file (key `text`), either of them as .gz, a
             folder of those, a hub dataset as name[:config][:split] (streamed), or a list of texts.
-        tokenizer: a transformers tokenizer with an EOS token; no other special token is added.
+        tokenizer: a transformers tokenizer with an EOS token.
         seq_len: tokens per block.
         num_tokens: read no further than this many tokens, rounded up to whole blocks; None: all.
         seed: of the order of the blocks. The tokens in them do not depend on it.
@@ -48,16 +63,12 @@ def token_blocks(
     Raises:
         ValueError: no such source, a broken or empty one, or fewer than seq_len tokens in it.
     """
-    if seq_len < 1:
-        raise ValueError(f"seq_len is {seq_len}; expected at least 1")
     if num_tokens is not None and num_tokens < 1:
         raise ValueError(f"num_tokens is {num_tokens}; expected at least 1, or None for all")
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise ValueError(
-            "the tokenizer has no EOS token to put between documents; set tokenizer.eos_token"
-        )
-    wanted = None if num_tokens is None else -(-num_tokens // seq_len) * seq_len
+    prefix, end = text_prefix(tokenizer), document_end(tokenizer)
+    if seq_len <= len(prefix):
+        raise ValueError(f"seq_len is {seq_len}; expected at least {len(prefix) + 1}")
+    wanted = None if num_tokens is None else -(-num_tokens // seq_len)
     pieces: list[np.ndarray] = []
     count = 0
     texts = documents(source, split)
@@ -66,19 +77,60 @@ def token_blocks(
             batch, add_special_tokens=False, return_attention_mask=False, verbose=False
         )["input_ids"]
         for row in rows:
-            pieces.append(np.asarray([*row, eos], dtype=np.int32))
-            count += len(row) + 1
-        if wanted is not None and count >= wanted:
+            pieces.append(np.asarray([*prefix, *row, end], dtype=np.int32))
+            count += len(pieces[-1])
+        if wanted is not None and count >= wanted * seq_len:
             break
     if count < seq_len:
         raise ValueError(
             f"data {_name(source)} holds {count} tokens, but one block needs {seq_len}; "
             "give more text or a smaller seq_len"
         )
-    packed = np.concatenate(pieces)[:wanted]
-    n = len(packed) // seq_len
-    blocks = torch.from_numpy(packed[: n * seq_len].astype(np.int64)).view(n, seq_len)
-    return blocks[torch.randperm(n, generator=torch.Generator().manual_seed(seed))]
+    blocks = torch.from_numpy(_pack(np.concatenate(pieces), prefix, seq_len)[:wanted])
+    return blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))]
+
+
+def _pack(tokens: np.ndarray, prefix: list[int], seq_len: int) -> np.ndarray:
+    """`tokens` cut into rows of seq_len that all begin with `prefix`; int64."""
+    rows: list[np.ndarray] = []
+    at = 0
+    while True:
+        begins = tokens[at : at + len(prefix)].tolist() == prefix
+        row = tokens[at : at + seq_len - (0 if begins else len(prefix))]
+        at += len(row)
+        row = row if begins else np.concatenate([np.asarray(prefix, dtype=row.dtype), row])
+        if len(row) < seq_len:
+            return np.stack(rows).astype(np.int64)
+        rows.append(row)
+
+
+def text_prefix(tokenizer: Any) -> list[int]:
+    """What the tokenizer itself puts before a text: its BOS, or nothing where it adds none."""
+    whole = tokenizer("a")["input_ids"]
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    starts = range(len(whole) - len(plain) + 1)
+    return next(whole[:i] for i in starts if whole[i : i + len(plain)] == plain)
+
+
+def document_end(tokenizer: Any) -> int:
+    """The token that ended a document in pretraining.
+
+    The tokenizer's EOS; or, where that is the end of a chat's turn and the vocabulary knows one of
+    `PRETRAINING_ENDS`, that one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if tokenizer.eos_token in TURN_ENDS:
+        vocabulary = tokenizer.get_vocab()
+        for token in PRETRAINING_ENDS:
+            if token in vocabulary:
+                return int(vocabulary[token])
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "the tokenizer has no EOS token to put between documents; set tokenizer.eos_token"
+        )
+    return int(tokenizer.eos_token_id)
 
 
 def block_order(

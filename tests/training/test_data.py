@@ -8,19 +8,38 @@ import logging
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from maskprune.training import data
-from maskprune.training.data import block_order, documents, read_text, token_blocks
+from maskprune.training.data import (
+    block_order,
+    document_end,
+    documents,
+    read_text,
+    text_prefix,
+    token_blocks,
+)
+
+
+def word_tokenizer(*extra, adds="", **special):
+    """Knows w0 .. w99 as 2 .. 101, `extra` from 102 on; puts the tokens `adds` before a text."""
+    words = {"<eos>": 0, "<unk>": 1} | {f"w{i}": i + 2 for i in range(100)}
+    words |= {token: 102 + i for i, token in enumerate(extra)}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if adds:
+        pieces = [(token, words[token]) for token in adds.split()]
+        core.post_processor = processors.TemplateProcessing(
+            single=f"{adds} $A", special_tokens=pieces
+        )
+    special = {"eos_token": "<eos>"} | special
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", **special)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    words = {"<eos>": 0, "<unk>": 1} | {f"w{i}": i + 2 for i in range(100)}
-    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", unk_token="<unk>")
+    return word_tokenizer()
 
 
 def write_jsonl(path, texts):
@@ -36,6 +55,50 @@ def test_documents_are_joined_by_eos_and_cut_into_blocks(tokenizer):
     blocks = token_blocks(["w0 w1 w2", "w3", "w4 w5 w6 w7"], tokenizer, 4)
     assert sorted(blocks.tolist()) == [[2, 3, 4, 0], [5, 0, 6, 7]]
     assert blocks.dtype == torch.int64
+
+
+def test_every_document_and_every_block_begins_with_the_bos_that_the_tokenizer_adds():
+    with_bos = word_tokenizer("<bos>", bos_token="<bos>", adds="<bos>")
+    assert text_prefix(with_bos) == [102]
+    # bos w0 w1 w2 | bos w3 w4 w5 | bos w6 eos bos | bos w7 eos (tail): no text is lost in cutting
+    blocks = token_blocks(["w0 w1 w2 w3 w4 w5 w6", "w7"], with_bos, 4)
+    assert sorted(blocks.tolist()) == [[102, 2, 3, 4], [102, 5, 6, 7], [102, 8, 0, 102]]
+    # A document that begins where a block begins has one BOS, not two.
+    blocks = token_blocks(["w0 w1", "w3 w4"], with_bos, 4)
+    assert sorted(blocks.tolist()) == [[102, 2, 3, 0], [102, 5, 6, 0]]
+    assert token_blocks(["w0 w1"] * 9, with_bos, 4, num_tokens=10).shape == (3, 4)
+    with pytest.raises(ValueError, match="seq_len is 1; expected at least 2"):
+        token_blocks(["w0"], with_bos, 1)
+
+
+def test_a_bos_that_the_tokenizer_does_not_add_is_not_added():
+    assert text_prefix(word_tokenizer("<bos>", bos_token="<bos>")) == []
+    assert text_prefix(word_tokenizer("[gMASK]", "<sop>", adds="[gMASK] <sop>")) == [102, 103]
+
+
+@pytest.mark.parametrize(
+    ("eos", "others", "expected"),
+    [
+        ("<eos>", ("<|endoftext|>",), "<eos>"),
+        ("<|im_end|>", ("<|endoftext|>",), "<|endoftext|>"),
+        ("<|eot_id|>", ("<|end_of_text|>",), "<|end_of_text|>"),
+        ("<|END_OF_TURN_TOKEN|>", ("<EOS_TOKEN>",), "<EOS_TOKEN>"),
+        ("</s>", ("<|endoftext|>",), "</s>"),
+        ("<|im_end|>", ("<|im_start|>",), "<eos>"),
+    ],
+)
+def test_documents_end_as_in_pretraining_not_as_a_chats_turn(eos, others, expected):
+    tokens = [t for t in (eos, *others) if t != "<eos>"]
+    instruct = word_tokenizer(*tokens, eos_token=eos)
+    assert document_end(instruct) == instruct.convert_tokens_to_ids(expected)
+    blocks = token_blocks(["w0 w1 w2"], instruct, 4)
+    assert blocks.tolist() == [[2, 3, 4, instruct.convert_tokens_to_ids(expected)]]
+
+
+def test_without_a_pretraining_end_in_the_vocabulary_the_end_of_turn_stays():
+    core = Tokenizer(models.WordLevel({"<|im_end|>": 0, "w": 1}, unk_token="w"))
+    bare = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>")
+    assert document_end(bare) == 0
 
 
 def test_the_seed_moves_blocks_and_changes_no_token(tokenizer, tmp_path):
