@@ -16,7 +16,8 @@ import torch.nn.functional as F
 
 from maskprune.config import EvalConfig
 from maskprune.files import write_json
-from maskprune.training.data import Source, read_text, text_prefix
+from maskprune.training.data import text_prefix
+from maskprune.training.documents import Source, read_text
 from maskprune.version import __version__
 
 ROWS_PER_LOSS = 512

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import logging
 
@@ -11,15 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from maskprune.training import data
-from maskprune.training.data import (
-    block_order,
-    document_end,
-    documents,
-    read_text,
-    text_prefix,
-    token_blocks,
-)
+from maskprune.training.data import block_order, document_end, text_prefix, token_blocks
 
 
 def word_tokenizer(*extra, adds="", **special):
@@ -118,28 +109,10 @@ def test_num_tokens_reads_whole_blocks_and_no_further(tokenizer):
     assert {tuple(row) for row in few.tolist()} <= {tuple(row) for row in every.tolist()}
 
 
-def test_every_kind_of_file_gives_the_same_documents(tokenizer, tmp_path):
-    texts = [sentence(0, 5), sentence(5, 5)]
-    plain = write_jsonl(tmp_path / "a.jsonl", texts)
-    packed = tmp_path / "a.jsonl.gz"
-    packed.write_bytes(gzip.compress(plain.read_bytes()))
-    assert list(documents(plain)) == list(documents(str(packed))) == list(documents(texts)) == texts
-
-
-def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "b.txt").write_text("two")
-    (tmp_path / "a.txt").write_text("one")
-    (tmp_path / "sub" / "c.jsonl").write_text('{"text": "three"}\n')
-    (tmp_path / "ignored.csv").write_text("no")
-    assert list(documents(tmp_path)) == ["one", "two", "three"]
-
-
-def test_perplexity_text_is_the_documents_between_blank_lines(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", ["one", "", "two"])
-    assert read_text(path) == "one\n\n\n\ntwo"
-    (tmp_path / "b.txt").write_text(" = Title = \n\n text\n")
-    assert read_text(tmp_path / "b.txt") == " = Title = \n\n text\n"
+def test_less_text_than_a_block_is_one_line_that_says_so(tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_text("w0 w1")
+    with pytest.raises(ValueError, match="holds 3 tokens, but one block needs 8"):
+        token_blocks(tmp_path / "a.txt", tokenizer, 8)
 
 
 def test_each_epoch_reads_every_block_once():
@@ -163,89 +136,6 @@ def test_reading_the_data_again_is_noted(caplog):
     assert "10 blocks (80 tokens)" in caplog.text
     assert "15 blocks (120 tokens)" in caplog.text
     assert "1.5 times" in caplog.text
-
-
-def test_a_hub_dataset_is_streamed_by_name_config_and_split(monkeypatch):
-    calls = []
-
-    def load_dataset(name, config, *, split, streaming):
-        calls.append((name, config, split, streaming))
-        return [{"text": "one"}, {"text": ""}, {"text": "two"}]
-
-    import datasets
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    for source in ("org/c4", "org/c4:en", "org/c4:en:test", "org/c4:validation", "org/c4::all"):
-        assert list(documents(source)) == ["one", "two"]
-    assert read_text("org/c4:en") == "one\n\n\n\ntwo"
-    assert calls == [
-        ("org/c4", None, "train", True),
-        ("org/c4", "en", "train", True),
-        ("org/c4", "en", "test", True),
-        ("org/c4", None, "validation", True),
-        ("org/c4", None, "all", True),
-        ("org/c4", "en", "test", True),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        (
-            "a.jsonl",
-            b'{"text": "x"}\n{"body": "y", "id": 1}\n',
-            r"line 2: no string under `text` \(keys body, id\)",
-        ),
-        ("a.jsonl", b'{"text": "x"}\n\n{"text": 3}\n', "line 3: no string under `text`"),
-        ("a.jsonl", b'["x"]\n', r"line 1: no string under `text` \(list\)"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": \n', "line 2: broken JSON"),
-        ("a.jsonl", b"", "is empty; expected documents"),
-        ("a.txt", b"  \n ", "is empty; expected documents"),
-        ("a.txt", b"\xff\xfe\xff", "is not UTF-8"),
-        ("a.txt", b"w0 w1", "holds 3 tokens, but one block needs 8"),
-        ("a.jsonl.gz", b"no gzip", "is broken gzip"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99)[:-20], "is broken gzip"),
-        ("a.parquet", b"x", "is of unknown kind; expected .txt"),
-    ],
-)
-def test_a_bad_file_is_one_line_that_says_what_to_do(tokenizer, tmp_path, name, content, message):
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=message) as caught:
-        token_blocks(path, tokenizer, 8)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_missing_file_is_not_looked_up_on_the_hub(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_hub_documents", lambda *_: pytest.fail("asked the hub"))
-    for source in ("no/such.jsonl", "./none", tmp_path / "none"):
-        with pytest.raises(ValueError, match="does not exist; give a path"):
-            token_blocks(source, tokenizer, 8)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no file ending in .txt"):
-        token_blocks(tmp_path / "empty", tokenizer, 8)
-
-
-def test_a_dataset_that_the_hub_does_not_give_says_what_to_do_offline(tokenizer, monkeypatch):
-    import datasets
-
-    def load_dataset(*_, **__):
-        raise ConnectionError("no route\nsecond line")
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(ValueError, match=r"\(no route\); check the name, or offline") as caught:
-        token_blocks("org/none", tokenizer, 8)
-    assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match="3 colons"):
-        token_blocks("a:b:c:d", tokenizer, 8)
-
-
-def test_a_dataset_without_text_names_its_columns(tokenizer, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: [{"label": 1, "body": "x"}])
-    with pytest.raises(ValueError, match="columns body, label; expected one named `text`"):
-        token_blocks("org/labels", tokenizer, 8)
 
 
 def test_bad_arguments_are_named(tokenizer):
