@@ -139,7 +139,7 @@ def _read_config(source: Path) -> Any:
 
 def _refuse_quantised(source: Path, stored: dict[str, Stored]) -> None:
     for name, tensor in stored.items():
-        if name.endswith(QUANTISED_ENDINGS) or tensor.dtype.startswith(("F8", "F6", "F4")):
+        if name.endswith(QUANTISED_ENDINGS) or tensor.dtype.startswith(("F8", "F6_", "F4")):
             raise ValueError(
                 f"{source} holds quantised weights ({name}, {tensor.dtype}): masks cannot be "
                 "folded into them exactly; export from the float16 or bfloat16 original, then "
@@ -223,7 +223,7 @@ def _result(
     if cut is not None and whole is not None:
         if tensor.dtype not in TORCH_DTYPES:
             raise ValueError(
-                f"{tensor.file}: {name} is {tensor.dtype}; expected F32, F16 or BF16 weights"
+                f"{tensor.file}: {name} is {tensor.dtype}; expected F64, F32, F16 or BF16 weights"
             )
         if cut.dim >= len(shape) or len(shape) > 2 or shape[cut.dim] != whole:
             raise ValueError(
