@@ -70,7 +70,8 @@ def export_checkpoint(
     """Fold the masks into a checkpoint's weights and drop the pruned units, from disk to disk.
 
     A kept weight is (W + scaling * B A) * m in float32 (in float64 where it is stored so), rounded
-    once to its stored dtype; what pruning does not touch is copied byte for byte. `out_dir` appears whole or not at all.
+    once to its stored dtype; what pruning does not touch is copied byte for byte. `out_dir`
+    appears whole or not at all.
 
     Args:
         src_dir: checkpoint folder with safetensors (float64, float32, float16, bfloat16), or a hub

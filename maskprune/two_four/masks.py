@@ -33,6 +33,10 @@ class _Masked(nn.Module):
         # In a tuple, so that it does not become a submodule of its own part.
         self.owner = (owner,)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The norm of the last forward belongs to its graph, which cannot be copied.
+        return {name: value for name, value in vars(self).items() if name != "norm_sq"}
+
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         owner = self.owner[0]
         if owner.mode == "off":
