@@ -271,7 +271,8 @@ class EvalConfig:
 
     model: str = field(metadata={"help": "Checkpoint folder, hub id, or smollm2-135m."})
     ppl: str | None = _setting(
-        None, "Text for perplexity: .txt, .jsonl, or dataset[:config][:split]."
+        None,
+        "Text for perplexity: .txt, .jsonl, .json, .parquet, .csv, or dataset[:config][:split].",
     )
     seq_len: int = _setting(2048, "Tokens per perplexity window.")
     tasks: str | None = _setting(
@@ -301,7 +302,9 @@ class PruneFiles:
         metadata={"help": "Folder of the stock checkpoint to come.", "aliases": ["-o"]},
     )
     data: str | None = _setting(
-        None, "Training text: .txt, .jsonl, folder, or dataset[:config][:split]; C4 by default."
+        None,
+        "Training text or chats: .txt, .jsonl, .json, .parquet, .csv, a folder of these, or "
+        "dataset[:config][:split]; C4 by default.",
     )
     resume: bool = _setting(False, "Continue the run in progress, with the same settings.")
     overwrite: bool = _setting(False, "Replace an output folder that exists.")
@@ -319,7 +322,8 @@ class SparsifyFiles:
     )
     data: str | None = _setting(
         None,
-        "Text to learn from: .txt, .jsonl, folder, or dataset[:config][:split]; C4 by default.",
+        "Text or chats to learn from: .txt, .jsonl, .json, .parquet, .csv, a folder of these, or "
+        "dataset[:config][:split]; C4 by default.",
     )
     masks: str | None = _setting(
         None, "Apply this masks file as it is, and learn nothing; needs no data."

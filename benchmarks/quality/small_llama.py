@@ -22,7 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from maskprune.commands.evaluate import perplexity
 from maskprune.files import new_folder
 from maskprune.hf.demo_model import cache_dir, demo_text
-from maskprune.training.data import block_order, documents, token_blocks
+from maskprune.training.data import block_order, token_blocks
+from maskprune.training.documents import documents
 
 VOCABULARY = 2048
 EOS = "<|endoftext|>"

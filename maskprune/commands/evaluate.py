@@ -16,7 +16,8 @@ import torch.nn.functional as F
 
 from maskprune.config import EvalConfig
 from maskprune.files import write_json
-from maskprune.training.data import Source, read_text
+from maskprune.training.data import text_prefix
+from maskprune.training.documents import Source, read_text
 from maskprune.version import __version__
 
 ROWS_PER_LOSS = 512
@@ -85,9 +86,11 @@ def perplexity(
 ) -> dict[str, Any]:
     """exp(mean of -log p(token | those before it in its window)), over all windows.
 
-    The papers' protocol: all documents as one text, tokenised once as the tokenizer does by
-    default, cut into windows of seq_len that do not overlap; each window predicts seq_len - 1
-    tokens. The tail that fills no window is dropped.
+    The papers' protocol: all documents as one text, tokenised once, cut into windows of seq_len
+    that do not overlap; the tail that fills no window is dropped. Where the tokenizer adds BOS,
+    every window begins with it, not the first alone, and all else is predicted, as lm-eval's
+    rolling log-likelihood does for a text of one window (with add_bos_token=False: its default
+    gives such a tokenizer's BOS twice). Else a window predicts all but its first token.
 
     Args:
         model: a causal LM; its device is used, its mode is put back.
@@ -109,15 +112,21 @@ def perplexity(
         raise ValueError(
             f"seq_len is {seq_len}; expected 2 up to the model's {positions or 'any'} positions"
         )
-    ids = tokenizer(read_text(source), verbose=False, return_tensors="pt")["input_ids"][0]
-    windows = len(ids) // seq_len
+    prefix = text_prefix(tokenizer)
+    ids = tokenizer(
+        read_text(source), add_special_tokens=False, verbose=False, return_tensors="pt"
+    )["input_ids"][0]
+    width = seq_len - len(prefix)
+    windows = len(ids) // width if width > 0 else 0
     if windows == 0:
         raise ValueError(
-            f"the text has {len(ids)} tokens, but one window needs {seq_len}; give more text or a "
+            f"the text has {len(ids)} tokens, but one window needs {width}; give more text or a "
             "smaller seq_len"
         )
     windows = min(windows, limit or windows)
-    blocks = ids[: windows * seq_len].view(windows, seq_len)
+    start_of_each = torch.tensor(prefix, dtype=ids.dtype).expand(windows, -1)
+    blocks = torch.cat([start_of_each, ids[: windows * width].view(windows, width)], dim=1)
+    context = max(1, len(prefix))
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -127,7 +136,7 @@ def perplexity(
             batch = blocks[first : first + batch_size].to(device)
             with _autocast(device, dtype):
                 logits = model(input_ids=batch, use_cache=False).logits
-            loss = _nll(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+            loss = _nll(logits[:, context - 1 : -1].flatten(0, 1), batch[:, context:].flatten())
             if not math.isfinite(loss):
                 raise RuntimeError(
                     f"the loss is {loss} in window {first}; the model's weights are damaged or "
@@ -136,7 +145,7 @@ def perplexity(
             total += loss
     finally:
         model.train(was_training)
-    tokens = windows * (seq_len - 1)
+    tokens = windows * (seq_len - context)
     nll = total / tokens
     return {
         "ppl": math.exp(min(nll, 700.0)),
@@ -145,7 +154,7 @@ def perplexity(
         "tokens": tokens,
         "seq_len": seq_len,
         "seconds": time.perf_counter() - start,
-        "protocol": PROTOCOL,
+        "protocol": PROTOCOL + (", each begun with BOS" if prefix else ""),
     }
 
 

@@ -157,8 +157,33 @@ def get_submodule(module: nn.Module, path: str) -> nn.Module:
 
 
 def stock_model(model: Any) -> Any:
-    """The transformers model itself, inside a PEFT wrapper or not."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    """The transformers model itself, inside wrappers of PEFT and torch.compile or not."""
+    while True:
+        if (inner := getattr(model, "_orig_mod", None)) is None:
+            if not hasattr(model, "get_base_model"):
+                return model
+            inner = model.get_base_model()
+        model = inner
+
+
+def require_causal_lm(model: Any) -> Any:
+    """`stock_model(model)`, if that is a causal LM of a family in the table.
+
+    Raises:
+        TypeError: it is something else, such as a model without its head.
+        ValueError: the family is not in the table, or a variant of it is not prunable.
+    """
+    base = stock_model(model)
+    what = base.__name__ if isinstance(base, type) else type(base).__name__
+    expected = "expected a transformers causal LM, as AutoModelForCausalLM.from_pretrained loads it"
+    if not isinstance(base, nn.Module) or not hasattr(getattr(base, "config", None), "model_type"):
+        raise TypeError(f"the model is {what}; {expected}")
+    family = family_of(base.config)
+    try:
+        get_submodule(base, family.layers)
+    except AttributeError:
+        raise TypeError(f"the model is {what}, without {family.layers}; {expected}") from None
+    return base
 
 
 def decoder_of(model: Any) -> nn.Module:

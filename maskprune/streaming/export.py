@@ -69,12 +69,13 @@ def export_checkpoint(
 ) -> Exported:
     """Fold the masks into a checkpoint's weights and drop the pruned units, from disk to disk.
 
-    A kept weight is (W + scaling * B A) * m in float32, rounded once to its stored dtype; what
-    pruning does not touch is copied byte for byte. `out_dir` appears whole or not at all.
+    A kept weight is (W + scaling * B A) * m in float32 (in float64 where it is stored so), rounded
+    once to its stored dtype; what pruning does not touch is copied byte for byte. `out_dir`
+    appears whole or not at all.
 
     Args:
-        src_dir: checkpoint folder with safetensors (float32, float16, bfloat16), or a hub id. A
-            folder with a GGUF file is read through transformers, in memory.
+        src_dir: checkpoint folder with safetensors (float64, float32, float16, bfloat16), or a hub
+            id. A folder with a GGUF file is read through transformers, in memory.
         masks_file: what `Masks.save` or `maskprune prune` wrote, uniform.
         out_dir: a folder that does not exist yet.
         max_shard_size: of one file of weights, such as `5GB`.

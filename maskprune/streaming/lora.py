@@ -1,6 +1,7 @@
 """A PEFT LoRA adapter as low-rank factors per weight, to be merged block by block of rows.
 
-W + scaling * B A in float32 (LoRA, arXiv 2106.09685, section 4.1), the arithmetic of PEFT's merge.
+W + scaling * B A in float32, or float64 as stored (LoRA, arXiv 2106.09685, section 4.1), the
+arithmetic of PEFT's merge.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from maskprune.hf.adapters import unmergeable
 from maskprune.streaming.safetensors_file import Stored, read_header
 
 ADAPTER_NAME = "adapter_model.safetensors"
@@ -22,18 +24,6 @@ TORCH_DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F64": torch.float64,
-}
-# Options of PEFT that change the merge; what they say when they are not in use.
-_PLAIN = {
-    "use_dora": (False, None),
-    "use_qalora": (False, None),
-    "lora_bias": (False, None),
-    "bias": ("none", None),
-    "modules_to_save": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "megatron_config": (None,),
-    "arrow_config": (None,),
-    "alora_invocation_tokens": (None, []),
 }
 
 
@@ -53,8 +43,13 @@ class Lora:
         return (into, out) if self.transposed else (out, into)
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(O', r) and (r, I') float32 whose product, times `scaling`, is added to the weight."""
-        a, b = load_tensor(self.a).float(), load_tensor(self.b).float()
+        """(O', r) and (r, I') whose product, times `scaling`, is added to the weight.
+
+        float32, or float64 where the adapter is.
+        """
+        a, b = load_tensor(self.a), load_tensor(self.b)
+        wide = torch.promote_types(a.dtype, torch.float32)
+        a, b = a.to(wide), b.to(wide)
         return (a.T, b.T) if self.transposed else (b, a)
 
 
@@ -106,19 +101,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "adapter_config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        kind = config["peft_type"]
+        _ = config["peft_type"]
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(
             f"adapter {folder} has no readable adapter_config.json; expected a folder that peft's "
             "save_pretrained wrote"
         ) from None
-    used = [key for key, plain in _PLAIN.items() if key in config and config[key] not in plain]
-    if kind != "LORA" or used:
-        what = kind if kind != "LORA" else ", ".join(f"{k}={config[k]!r}" for k in used)
-        raise ValueError(
-            f"adapter {folder} is not plain LoRA ({what}); merge it with peft first "
-            "(merge_and_unload, then save_pretrained)"
-        )
+    if reason := unmergeable(config):
+        raise ValueError(f"adapter {folder} {reason}")
     return config
 
 

@@ -205,7 +205,9 @@ class _Job:
         dtype = w.dtype
         if factors is not None and lora is not None:
             left, right = factors
-            w = w.float() + (left[start : start + w.shape[0]] @ right) * lora.scaling
+            wide = w.to(torch.promote_types(dtype, torch.float32))
+            change = (left[start : start + w.shape[0]] @ right) * lora.scaling
+            w = wide + change.to(wide.dtype)
         if self.keep_rows is not None:
             w = ops.gather_rows(w, self.keep_rows[first:last] - start)
         if self.row_scale is not None:

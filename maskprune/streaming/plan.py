@@ -12,7 +12,7 @@ import torch
 
 from maskprune.hf.families import FAMILIES, family_of
 from maskprune.hf.pruned_config import target_config
-from maskprune.hf.shape import Shape, shape_of
+from maskprune.hf.shape import Shape
 from maskprune.streaming.lora import TORCH_DTYPES, Lora, read_adapter
 from maskprune.streaming.move import Move
 from maskprune.streaming.safetensors_file import (
@@ -25,7 +25,7 @@ from maskprune.streaming.safetensors_file import (
 )
 from maskprune.structured.cuts import Cut
 from maskprune.structured.export import cuts_by_name
-from maskprune.structured.masks import Masks
+from maskprune.structured.masks import Masks, require_same_model
 
 QUANTISED_ENDINGS = (
     ".qweight",
@@ -83,7 +83,7 @@ def plan_stream(
     config = _read_config(source)
     stored = read_checkpoint(source)
     _refuse_quantised(source, stored)
-    _require_same_model(source, config, masks)
+    require_same_model(masks, config, str(source))
     small = target_config(config, shape, arch_fallback)
     skeleton = _skeleton(small)
     small.architectures = [type(skeleton).__name__]
@@ -139,21 +139,12 @@ def _read_config(source: Path) -> Any:
 
 def _refuse_quantised(source: Path, stored: dict[str, Stored]) -> None:
     for name, tensor in stored.items():
-        if name.endswith(QUANTISED_ENDINGS) or tensor.dtype.startswith(("F8", "F6", "F4")):
+        if name.endswith(QUANTISED_ENDINGS) or tensor.dtype.startswith(("F8", "F6_", "F4")):
             raise ValueError(
                 f"{source} holds quantised weights ({name}, {tensor.dtype}): masks cannot be "
                 "folded into them exactly; export from the float16 or bfloat16 original, then "
                 "quantise the result"
             )
-
-
-def _require_same_model(source: Path, config: Any, masks: Masks) -> None:
-    given, family = shape_of(config), family_of(config).model_type
-    if masks.shape != given or masks.family != family:
-        raise ValueError(
-            f"the masks are of a {masks.family} with {masks.shape}; {source} is a {family} with "
-            f"{given}; use the masks that were trained on this model"
-        )
 
 
 def _skeleton(config: Any) -> Any:
@@ -232,7 +223,7 @@ def _result(
     if cut is not None and whole is not None:
         if tensor.dtype not in TORCH_DTYPES:
             raise ValueError(
-                f"{tensor.file}: {name} is {tensor.dtype}; expected F32, F16 or BF16 weights"
+                f"{tensor.file}: {name} is {tensor.dtype}; expected F64, F32, F16 or BF16 weights"
             )
         if cut.dim >= len(shape) or len(shape) > 2 or shape[cut.dim] != whole:
             raise ValueError(

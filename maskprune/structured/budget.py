@@ -64,6 +64,7 @@ class Budget:
         arch_fallback: `mistral`, `divisor` or `error`, see `target_config`.
 
     Raises:
+        TypeError: a sparsity that is not a number.
         ValueError: values out of range, or no legal shape meets them; the nearest are named.
 
     Source: MaskPrune (arXiv 2502.14008), section 3.1, M(s) in normalised form.
@@ -108,6 +109,8 @@ class Budget:
             self.splits = [self._hand_split(sparsity, head_sparsity, ffn_sparsity)]
             self.R_star = self.splits[0].R
         else:
+            if sparsity is not None and not isinstance(sparsity, int | float):
+                raise TypeError(f"sparsity is {sparsity!r}; expected a number, like 0.2")
             if sparsity is None or not 0 < sparsity < 1:
                 raise ValueError(
                     f"sparsity is {sparsity}; expected a number between 0 and 1, like 0.2"

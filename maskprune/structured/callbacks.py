@@ -22,6 +22,11 @@ class PruneCallback(TrainerCallback):
     def __init__(self, solver: Minimax, max_grad_norm: float = 0.0) -> None:
         self.solver, self.max_grad_norm = solver, max_grad_norm
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        # DeepSpeed and the like make theirs later.
+        if (optimizer := kw.get("optimizer")) is not None:
+            self.solver.require_trained(p for g in optimizer.param_groups for p in g["params"])
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         if self.max_grad_norm:
             mask_ids = {id(p) for p in self.solver.masks.parameters()}

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from maskprune import ops
-from maskprune.hf.families import FAMILIES, family_of, stock_model
+from maskprune.hf.adapters import adapted_layers, merged_weight, require_mergeable
+from maskprune.hf.families import FAMILIES, stock_model
 from maskprune.hf.pruned_config import target_config
 from maskprune.hf.shape import Shape
 from maskprune.structured.cuts import Cut, layer_cuts, pruned_shape
-from maskprune.structured.masks import Masks
+from maskprune.structured.masks import Masks, require_same_model
 
 
 def final_shape(masks: Masks) -> Shape:
@@ -47,48 +48,52 @@ def cuts_by_name(masks: Masks) -> dict[str, Cut]:
 
 
 def merged_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The stock state dict with adapters merged in float32, tensor by tensor.
+    """The stock state dict with adapters merged, tensor by tensor.
 
-    A merged weight comes in float32, to be rounded once, after the fold; others as they are.
+    A merged weight comes in float32 (float64 in a float64 model), to be rounded once, after the
+    fold; others as they are.
+
+    Raises:
+        ValueError: adapters that cannot be merged exactly.
     """
+    require_mergeable(model)
     base = stock_model(model)
-    adapted = {
-        name: module
-        for name, module in base.named_modules()
-        if hasattr(module, "get_delta_weight") and hasattr(module, "base_layer")
-    }
+    adapted = adapted_layers(base)
     for name, tensor in base.state_dict().items():
         if name.startswith("maskprune.") or ".lora_" in name:
             continue
         parent, _, leaf = name.rpartition(".")
         owner = parent.removesuffix(".base_layer")
         if owner in adapted and leaf == "weight":
-            tensor = tensor.float()
-            for adapter in adapted[owner].active_adapters:
-                tensor = tensor + adapted[owner].get_delta_weight(adapter).float()
-        yield (f"{owner}.{leaf}" if owner in adapted else name), tensor
+            tensor = merged_weight(adapted[owner], tensor)
+        stock_name = f"{owner}.{leaf}" if owner in adapted else name
+        # Layers that were compiled one by one are wrapped one by one.
+        yield stock_name.replace("_orig_mod.", ""), tensor
 
 
 def export(model: nn.Module, masks: Masks, *, arch_fallback: str = "mistral") -> Any:
     """A new stock transformers model with the masks folded in and the pruned units gone.
 
     Exact: head masks go into the columns of W_O, FFN masks into the columns of W_down. The given
-    model is left as it was. Merged weights are folded in float32 and rounded once.
+    model is left as it was. Merged weights are folded in float32 (float64 in a float64 model) and
+    rounded once.
 
     Args:
-        model: the masked model, or the PEFT model around it (its active adapters are merged).
+        model: the masked model, or the PEFT model around it (its active adapters, plain LoRA, are
+            merged), compiled or not.
         masks: uniform masks; pruned units are exactly 0.
         arch_fallback: see `target_config`.
 
     Raises:
-        ValueError: masks that are not uniform, or a shape that no stock class takes.
+        ValueError: masks that are not uniform or are of another model, a shape that no stock
+            class takes, or adapters that cannot be merged exactly.
 
     Source: MaskPrune (arXiv 2502.14008), section 3.2, with the fold mended (docs/method.md).
     """
     from transformers import AutoModelForCausalLM
 
     base = stock_model(model)
-    family_of(base.config)
+    require_same_model(masks, base.config, "the model")
     config = target_config(base.config, final_shape(masks), arch_fallback)
     dtype = base.dtype
     small = AutoModelForCausalLM.from_config(config, dtype=dtype)

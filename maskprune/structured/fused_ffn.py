@@ -45,11 +45,7 @@ def fuse_ffn(mlp: nn.Module, activation: str, mask_getter: MaskGetter) -> Callab
         raise ValueError(f"fuse_ffn: {reason}; use the hook: attach_masks(fused=False)")
     # A partial over the module, not a closure: copy.deepcopy then binds the copy's own module.
     mlp.forward = partial(_forward, mlp, activation, mask_getter)
-
-    def undo() -> None:
-        del mlp.forward
-
-    return undo
+    return partial(delattr, mlp, "forward")
 
 
 def unfusable(mlp: nn.Module, activation: str) -> str | None:

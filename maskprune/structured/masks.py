@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from maskprune.files import replace_file
 from maskprune.hf.families import (
@@ -26,7 +27,7 @@ from maskprune.hf.families import (
     ffn_output,
     get_submodule,
     layers_of,
-    stock_model,
+    require_causal_lm,
 )
 from maskprune.hf.shape import Shape, shape_of
 from maskprune.structured.cuts import mask_rows, query_head_mask
@@ -37,6 +38,9 @@ FORMAT_VERSION = "1"
 
 class Masks(nn.Module):
     """The masks of a model, one contiguous float32 parameter per kind, so one launch serves all.
+
+    They stay float32 when the model is cast. A deep copy of a masked model has masks of its own,
+    its `maskprune`, and masked models pickle.
 
     Attributes:
         head: (L, G) for `kv_group`, (L * G, q) for `query_head`; (0, 0) where the family keeps its
@@ -62,6 +66,15 @@ class Masks(nn.Module):
         self.ffn = nn.Parameter(torch.ones(shape.layers, shape.ffn, dtype=torch.float32))
         self._undo: list[Callable[[], None]] = []
         self._hooked: list[tuple[nn.Module, Callable[[], nn.Module]]] = []
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Masks:
+        # The solver works in float32: `model.to(torch.bfloat16)` moves the masks, no more.
+        def keep_dtype(t: torch.Tensor) -> torch.Tensor:
+            out = fn(t)
+            return out if out.dtype == t.dtype else t.to(out.device)
+
+        super()._apply(keep_dtype, recurse)
+        return self
 
     def layer_head(self, layer: int) -> torch.Tensor:
         """(H,) the mask of each query head of one layer, differentiable."""
@@ -173,6 +186,20 @@ def load_masks(path: str | Path) -> Masks:
     return masks
 
 
+def require_same_model(masks: Masks, config: Any, name: str) -> None:
+    """Refuse masks of another family or shape than the config's; `name` says whose it is.
+
+    Raises:
+        ValueError: they are; says of which.
+    """
+    shape, family = shape_of(config), family_of(config).model_type
+    if masks.shape != shape or masks.family != family:
+        raise ValueError(
+            f"the masks are of a {masks.family} with {masks.shape}; {name} is a {family} with "
+            f"{shape}; use the masks that were trained on this model"
+        )
+
+
 def attach_masks(
     model: nn.Module,
     head_unit: str = "kv_group",
@@ -183,7 +210,8 @@ def attach_masks(
     """Put masks on every head and FFN unit of a model of a known family.
 
     With all masks 1 the logits stay those of the original, bit for bit in float32. Attach after
-    `get_peft_model`, else the adapter's path would not be masked, and before `torch.compile`.
+    `get_peft_model`, else the adapter's path would not be masked, and before `torch.compile`, else
+    the compiled forward would not see them.
 
     Args:
         model: transformers causal LM, or a PEFT model around one. Gains a submodule `maskprune`,
@@ -196,24 +224,33 @@ def attach_masks(
         Masks, on the model's device.
 
     Raises:
+        TypeError: not a transformers causal LM.
         ValueError: unknown family, unknown unit, or masks of another shape or family.
-        RuntimeError: the model has masks already.
+        RuntimeError: the model has masks already, of any kind, or is compiled.
     """
-    base = stock_model(model)
+    base = require_causal_lm(model)
     family, shape = family_of(base.config), shape_of(base.config)
     if hasattr(base, "maskprune"):
         raise RuntimeError("the model has masks already; call their detach() first")
+    for module in model.modules():
+        if is_parametrized(module):
+            raise RuntimeError(
+                "the model's weights are parametrized, as attach_two_four does; take that off "
+                "first: masks.detach()"
+            )
+        if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+            raise RuntimeError(
+                "the model is compiled, and a compiled forward does not see masks that come "
+                "later; call attach_masks first and torch.compile after it"
+            )
     device = next(base.parameters()).device
     if masks is None:
         source = getattr(base.config, "_name_or_path", "")
         masks = Masks(shape, head_unit, family.model_type, source)
-    elif masks.shape != shape or masks.family != family.model_type:
-        raise ValueError(
-            f"the masks are of a {masks.family} with {masks.shape}; the model is a "
-            f"{family.model_type} with {shape}; use the masks that were trained on this model"
-        )
+    else:
+        require_same_model(masks, base.config, "the model")
     base.maskprune = masks.to(device)
-    masks._undo.append(lambda: delattr(base, "maskprune"))
+    masks._undo.append(partial(delattr, base, "maskprune"))
     fuse = (device.type == "cuda" if fused is None else fused) and family.gated
     try:
         for index, layer in enumerate(layers_of(base)):
@@ -230,41 +267,41 @@ def _attach_layer(
     undo = masks._undo
     if masks.head.numel():
         module = attention_output(layer, family)
-        undo.append(module.register_forward_pre_hook(_head_hook(masks, index)).remove)
+        undo.append(module.register_forward_pre_hook(partial(_scale_heads, masks, index)).remove)
         masks._hooked.append((module, partial(attention_output, layer, family)))
     module = ffn_output(layer, family)
     masks._hooked.append((module, partial(ffn_output, layer, family)))
     mlp = get_submodule(layer, family.ffn)
     # Unasked, an FFN that something else has patched keeps the hook; asked, it is refused.
     if fuse and (required or not unfusable(mlp, family.activation)):
-        undo.append(fuse_ffn(mlp, family.activation, _ffn_getter(masks, index)))
+        undo.append(fuse_ffn(mlp, family.activation, partial(_ffn_mask, masks, index)))
     else:
-        undo.append(module.register_forward_pre_hook(_ffn_hook(masks, index)).remove)
+        undo.append(module.register_forward_pre_hook(partial(_scale_units, masks, index)).remove)
 
 
-def _ffn_getter(masks: Masks, layer: int) -> Callable[[], torch.Tensor | None]:
-    return lambda: masks.ffn[layer] if masks.enabled else None
+# Partials of these over the masks, not closures: a deep copy of the model then finds its own
+# masks, and the model pickles.
+def _ffn_mask(masks: Masks, layer: int) -> torch.Tensor | None:
+    return masks.ffn[layer] if masks.enabled else None
 
 
-def _ffn_hook(masks: Masks, layer: int) -> Callable[..., tuple[Any, ...] | None]:
-    def scale_units(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if not masks.enabled:
-            return None
-        return (args[0] * masks.ffn[layer].to(args[0].dtype), *args[1:])
+def _scale_units(
+    masks: Masks, layer: int, module: nn.Module, args: tuple[Any, ...]
+) -> tuple[Any, ...] | None:
+    if not masks.enabled:
+        return None
+    return (args[0] * masks.ffn[layer].to(args[0].dtype), *args[1:])
 
-    return scale_units
 
+def _scale_heads(
+    masks: Masks, layer: int, module: nn.Module, args: tuple[Any, ...]
+) -> tuple[Any, ...] | None:
+    if not masks.enabled:
+        return None
+    x, m = args[0], masks.layer_head(layer)
+    if x.is_cuda:
+        from maskprune import ops
 
-def _head_hook(masks: Masks, layer: int) -> Callable[..., tuple[Any, ...] | None]:
-    def scale_heads(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if not masks.enabled:
-            return None
-        x, m = args[0], masks.layer_head(layer)
-        if x.is_cuda:
-            from maskprune import ops
-
-            return (ops.scale_heads(x, m), *args[1:])
-        scaled = x.unflatten(-1, (m.numel(), -1)) * m.to(x.dtype)[:, None]
-        return (scaled.flatten(-2), *args[1:])
-
-    return scale_heads
+        return (ops.scale_heads(x, m), *args[1:])
+    scaled = x.unflatten(-1, (m.numel(), -1)) * m.to(x.dtype)[:, None]
+    return (scaled.flatten(-2), *args[1:])

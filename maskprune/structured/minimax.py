@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ from maskprune.hf.shape import Shape
 from maskprune.ops.minimax_step import FIELDS, INDEX, Rates, initial_state, minimax_step_
 from maskprune.structured.budget import Budget, Split
 from maskprune.structured.masks import Masks
+
+logger = logging.getLogger(__name__)
 
 MODES = ("minimax", "scheduled")
 
@@ -103,9 +107,23 @@ class Minimax:
         )
         self.state = initial_state(y0=1.0, z0=0.0, device=device)
         self.table = budget.table(device)
+        # The version of a mask after the last step: it stays where no optimizer writes the mask.
+        self._left_at: int | None = -1
 
     def step(self) -> None:
-        """Clamp and shrink the masks, move r, y and z; after `optimizer.step()`."""
+        """Clamp and shrink the masks, move r, y and z; after `optimizer.step()`.
+
+        Raises:
+            RuntimeError: nothing trains the masks, so that units would go in index order.
+        """
+        if not self.masks.ffn.requires_grad:
+            self.require_trained(())
+        elif self._left_at == self.masks.ffn._version:
+            logger.warning(
+                "no optimizer moved the masks since the last solver step; give it "
+                "masks.parameters(), and call solver.step() once after each optimizer.step()"
+            )
+            self._left_at = None
         minimax_step_(
             self.masks.head,
             self.masks.ffn,
@@ -113,6 +131,25 @@ class Minimax:
             self.table,
             self.rates,
             backend=self.backend,
+        )
+        if self._left_at is not None:
+            self._left_at = self.masks.ffn._version
+
+    def require_trained(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Refuse to choose units by masks that are not among an optimizer's `parameters`.
+
+        Without effect when the shape is final; synchronises with the device where it is not.
+
+        Raises:
+            RuntimeError: says what to do.
+        """
+        trained = {id(p) for p in parameters if p.requires_grad}
+        masks = [m for m in (self.masks.head, self.masks.ffn) if m.numel()]
+        if all(id(m) in trained for m in masks) or self.locked:
+            return
+        raise RuntimeError(
+            "the masks are not trained, so units would go in index order; give the optimizer "
+            "masks.parameters(), with requires_grad, or set the masks and call solver.lock(split)"
         )
 
     def lock(self, split: Split) -> None:

@@ -14,7 +14,8 @@ from torch import nn
 from transformers import TrainerCallback, set_seed
 
 from maskprune.config import PruneConfig
-from maskprune.hf.families import family_of, output_names
+from maskprune.hf.adapters import adapted_layers, require_mergeable
+from maskprune.hf.families import family_of, output_names, require_causal_lm
 from maskprune.hf.head import head_of
 from maskprune.hf.quiet import quiet_transformers
 from maskprune.hf.shape import Shape
@@ -36,6 +37,7 @@ from maskprune.training.trainer import (
     as_blocks,
     checkpoint_activations,
     quiet_trainer,
+    require_trainable_dtype,
     total_steps,
     training_arguments,
     use_autocast,
@@ -191,7 +193,10 @@ def prune(
     """
     from peft import LoraConfig, get_peft_model
 
-    core: Any = model
+    core: Any = require_causal_lm(model)
+    if hasattr(model, "get_base_model") or adapted_layers(core):
+        raise ValueError("the model has adapters already; merge them first: merge_and_unload()")
+    require_trainable_dtype(core)
     budget = Budget(
         core,
         config.sparsity,
@@ -227,6 +232,7 @@ def prune(
                 target_modules="all-linear" if targets == ["all-linear"] else targets,
             ),
         )
+    require_mergeable(peft_model)
     if config.gradient_checkpointing:
         checkpoint_activations(core)
     masks = attach_masks(peft_model, config.head_unit)

@@ -76,20 +76,32 @@ def batches(
 
 
 def taylor(
-    model: nn.Module, masks: Masks, blocks: torch.Tensor, progress: Report | None = None
+    model: nn.Module,
+    masks: Masks,
+    blocks: torch.Tensor,
+    progress: Report | None = None,
+    *,
+    per_sequence: bool = False,
+    seed: int = 0,
 ) -> Saliency:
     """Second-order saliency of removing a unit, from the diagonal Fisher information of its mask.
 
     At masks of 1 the distillation loss is flat and its Hessian is the Fisher information, so
     removing unit i costs about F_i / 2 with F_i = sum over tokens of (dL/dh_i * h_i)^2, h_i the
-    unit's activation and L the language-model loss summed over tokens.
+    unit's activation and L the language-model loss summed over tokens. That leaves out what a
+    mask does to several tokens at once. With `per_sequence` it is the Fisher information itself,
+    estimated with one draw a sequence: F_i = sum over sequences of (sum over tokens of
+    dL/dh_i * h_i)^2, where L has labels drawn from the model's own distribution, and the query
+    heads of a KV group that is one unit are added up before squaring.
 
     Args:
         blocks: (n, T) token ids on the model's device.
         progress: called with the batches done and of how many.
+        seed: of the labels drawn with `per_sequence`.
 
     Returns:
-        head (L, H) per query head, ffn (L, F), float32; comparable with each other.
+        head (L, H) per query head (with `per_sequence` and `kv_group` units each head has an
+        equal part of its group's), ffn (L, F), float32; comparable with each other.
     """
     base = stock_model(model)
     shape = masks.shape
@@ -101,8 +113,15 @@ def taylor(
         salience = x.float() * g.float()
         if kind == "head":
             salience = salience.unflatten(-1, (shape.heads, shape.head_dim)).sum(-1)
+        if per_sequence:
+            salience = salience.sum(1)
+        if kind == "head" and per_sequence and masks.head_unit == "kv_group":
+            group = shape.heads // shape.kv_heads
+            of_group = salience.unflatten(-1, (shape.kv_heads, group)).sum(-1)
+            salience = (of_group / group**0.5).repeat_interleave(group, dim=-1)
         (head if kind == "head" else ffn)[layer] += salience.pow(2).flatten(0, -2).sum(0)
 
+    generator = torch.Generator(device).manual_seed(seed)
     training = model.training
     frozen = [p for p in model.parameters() if p.requires_grad]
     for p in frozen:
@@ -113,8 +132,14 @@ def taylor(
             for ids in batches(blocks, progress):
                 embedded = base.get_input_embeddings()(ids).detach().requires_grad_()
                 logits = model(inputs_embeds=embedded, use_cache=False).logits
+                if per_sequence:
+                    labels = torch.multinomial(
+                        logits.detach().flatten(0, 1).float().softmax(-1), 1, generator=generator
+                    )[:, 0]
+                else:
+                    logits, labels = logits[:, :-1], ids[:, 1:].flatten()
                 loss = functional.cross_entropy(
-                    logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum"
+                    logits.flatten(0, 1).float(), labels, reduction="sum"
                 )
                 loss.backward()
     finally:

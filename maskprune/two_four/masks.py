@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from maskprune.hf.families import stock_model
+from maskprune.hf.families import require_causal_lm, stock_model
 from maskprune.ops import gumbel_two_four
 from maskprune.two_four.patterns import CANDIDATES, mask_of, oriented, prunable
 
@@ -32,6 +32,10 @@ class _Masked(nn.Module):
         self.seed, self.turned = seed, turned
         # In a tuple, so that it does not become a submodule of its own part.
         self.owner = (owner,)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The norm of the last forward belongs to its graph, which cannot be copied.
+        return {name: value for name, value in vars(self).items() if name != "norm_sq"}
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         owner = self.owner[0]
@@ -208,13 +212,17 @@ def attach_two_four(
         TwoFourMasks, in mode `sample`.
 
     Raises:
+        TypeError: not a transformers causal LM.
         ValueError: an unknown family, a width that 4 does not divide, a prior of other weights.
-        RuntimeError: the model has 2:4 masks or adapters already.
+        RuntimeError: the model has masks of any kind or adapters already.
 
     Source: MaskLLM, arXiv 2409.17481, section 3.2.
     """
     if stock_model(model) is not model:
         raise RuntimeError("the model has adapters; merge them first: model.merge_and_unload()")
+    if hasattr(model, "maskprune"):
+        raise RuntimeError("the model has masks of attach_masks; call their detach() first")
+    require_causal_lm(model)
     masks = TwoFourMasks(model, seed)
     if any(parametrize.is_parametrized(m, "weight") for m in masks.modules.values()):
         raise RuntimeError("the model has 2:4 masks already; call their detach() first")

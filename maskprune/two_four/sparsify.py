@@ -35,6 +35,7 @@ from maskprune.training.trainer import (
     as_blocks,
     checkpoint_activations,
     quiet_trainer,
+    require_trainable_dtype,
     total_steps,
     training_arguments,
     use_autocast,
@@ -230,6 +231,7 @@ def _learn(
     resume: bool,
     quiet: bool,
 ) -> SparsifyResult:
+    require_trainable_dtype(model)
     device = next(model.parameters()).device
     proof = blocks[: min(4, len(blocks))].to(device)
     steps = total_steps(config, len(blocks), epochs=1.0)

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from maskprune.commands.evaluate import evaluate, perplexity, run_tasks
@@ -27,6 +27,18 @@ def tokenizer():
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token="<eos>", unk_token="<unk>", pad_token="<eos>"
+    )
+
+
+@pytest.fixture(scope="module")
+def bos_tokenizer(tokenizer):
+    """The same words; puts <eos>, its BOS too, before every text, as OPT's does."""
+    core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    core.post_processor = processors.TemplateProcessing(
+        single="<eos> $A", special_tokens=[("<eos>", 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<eos>", eos_token="<eos>", unk_token="<unk>"
     )
 
 
@@ -67,6 +79,43 @@ def test_perplexity_is_the_loss_of_transformers_over_windows_that_do_not_overlap
     assert found["nll"] == pytest.approx(sum(losses) / 3, rel=1e-6)
     assert found["ppl"] == pytest.approx(math.exp(sum(losses) / 3), rel=1e-6)
     assert (found["windows"], found["tokens"], found["seq_len"]) == (3, 45, 16)
+
+
+def test_every_window_begins_with_the_bos_that_the_tokenizer_adds(model, bos_tokenizer):
+    source = text(47)
+    words = bos_tokenizer(source, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    windows = [torch.cat([torch.zeros(1, 1).long(), w], 1) for w in words[:, :45].split(15, dim=1)]
+    with torch.no_grad():
+        losses = [model(input_ids=w, labels=w).loss.item() for w in windows]
+    found = perplexity(model, bos_tokenizer, [source], 16)
+    assert found["nll"] == pytest.approx(sum(losses) / 3, rel=1e-6)
+    assert (found["windows"], found["tokens"]) == (3, 45)
+    assert "BOS" in found["protocol"]
+
+
+def test_perplexity_agrees_with_lm_evals_rolling_wikitext(model, tokenizer, bos_tokenizer):
+    """lm-eval's `wikitext` is `loglikelihood_rolling` over documents; here each is one window."""
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    texts = [text(15, seed) for seed in range(3)]
+    requests = [Instance("loglikelihood_rolling", {}, (t,), i) for i, t in enumerate(texts)]
+    lm = HFLM(model, tokenizer=bos_tokenizer, batch_size=1, add_bos_token=False, device="cpu")
+    expected = -sum(lm.loglikelihood_rolling(requests, disable_tqdm=True))
+    found = perplexity(model, bos_tokenizer, [" ".join(texts)], 16)
+    assert found["nll"] * found["tokens"] == pytest.approx(expected, rel=1e-5)
+
+    # Without BOS lm-eval conditions on a prefix token; ours on the window's own first word.
+    expected = 0.0
+    for request, words in zip(requests, texts, strict=True):
+        first, _, rest = words.partition(" ")
+        request.arguments = (rest,)
+        prefix = tokenizer.convert_tokens_to_ids(first)
+        lm = HFLM(model, tokenizer=tokenizer, batch_size=1, prefix_token_id=prefix, device="cpu")
+        expected -= sum(lm.loglikelihood_rolling([request], disable_tqdm=True))
+    found = perplexity(model, tokenizer, [" ".join(texts)], 15)
+    assert found["nll"] * found["tokens"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(model, tokenizer):

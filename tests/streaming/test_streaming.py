@@ -16,7 +16,9 @@ from maskprune.streaming import move as tensor_stream
 from maskprune.structured.export import export
 from maskprune.structured.masks import attach_masks
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str
+)
 FULL = [name for name, family in FAMILIES.items() if family.prunes_heads]
 
 
@@ -169,7 +171,9 @@ def test_an_adapter_is_merged_on_the_way(tmp_path, family, dtype, rslora):
     given, expected = weights(tmp_path / "out"), weights(tmp_path / "in_memory")
     assert given.keys() == expected.keys()
     for name in given:
-        assert torch.equal(given[name], expected[name]), name
+        # A matrix product and that of the transposes may add up in another order.
+        slack = 1e-15 if dtype == torch.float64 and family == "gpt2" else 0.0
+        torch.testing.assert_close(given[name], expected[name], rtol=slack, atol=slack)
 
 
 def test_blocks_do_not_change_what_an_adapter_adds(tmp_path, monkeypatch):

@@ -65,6 +65,14 @@ def test_biases_and_tied_embeddings_survive(changes, tmp_path):
     assert again.lm_head.weight.data_ptr() == again.model.embed_tokens.weight.data_ptr()
 
 
+def test_opt_350m_has_no_final_norm_and_projections_at_both_ends(tmp_path):
+    model, masks = masked("opt", word_embed_proj_dim=16, do_layer_norm_before=False)
+    decoder = model.model.decoder
+    assert decoder.final_layer_norm is None and decoder.project_out is not None
+    again = reloaded(export(model, masks), tmp_path / "out")
+    assert compare_logits(model, again, tokens()).relative <= TOLERANCE[torch.float32]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_masks_at_one_leave_the_logits_bitwise_the_same(family):
     model = tiny_model(family)

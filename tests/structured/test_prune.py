@@ -87,6 +87,14 @@ def test_every_way_of_pruning_ends_uniform_and_on_budget(changes):
         assert (result.shape.heads, result.shape.ffn) == (2, 16)
 
 
+def test_a_model_in_float16_is_refused_with_what_to_use_instead():
+    model = tiny_model("llama", dtype=torch.float16)
+    with pytest.raises(ValueError, match="in float16.*--dtype bfloat16 or float32") as caught:
+        prune(model, None, data(), PruneConfig(**QUICK), quiet=True)
+    assert "\n" not in str(caught.value)
+    assert not hasattr(model, "peft_config"), "refused after the adapters went on"
+
+
 def test_the_same_seed_gives_the_same_masks_to_the_bit():
     a, b, c = run(), run(), run(seed=1)
     assert torch.equal(a.masks.ffn, b.masks.ffn) and torch.equal(a.masks.head, b.masks.head)

@@ -66,6 +66,43 @@ def test_taylor_is_the_sum_over_tokens_of_the_squared_mask_gradient(family):
     torch.testing.assert_close(ffn[1], g_ffn.pow(2).sum((0, 1)), rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("head_unit", ["kv_group", "query_head"])
+def test_taylor_per_sequence_is_the_curvature_of_the_distillation_loss(head_unit):
+    """Brute force: bend one mask both ways, and see how fast KL(dense || masked) rises."""
+    model, ids = tiny_model("llama", dtype=torch.float64), tokens(1, 8)
+    masks = attach_masks(model, head_unit, fused=False)
+    draws, e = 4096, 0.02
+    head, ffn = taylor(model, masks, ids.expand(draws, -1), per_sequence=True)
+
+    @torch.no_grad()
+    def kl():
+        return functional.kl_div(
+            model(ids).logits.log_softmax(-1), dense, reduction="sum", log_target=True
+        )
+
+    def curvature(mask):
+        out = torch.zeros_like(mask, dtype=torch.float64)
+        for i in range(mask.numel()):
+            for value in (1 + e, 1 - e):
+                mask.data.view(-1)[i] = value
+                out.view(-1)[i] += kl() / e**2
+            mask.data.view(-1)[i] = 1.0
+        return out
+
+    with torch.no_grad():
+        dense = model(ids).logits.log_softmax(-1)
+    for m, found in ((masks.ffn, ffn), (masks.head, unit_saliency(head, masks))):
+        # A mean of `draws` squares of normal numbers is off by sqrt(2 / draws), 2 %.
+        torch.testing.assert_close((found / draws).double(), curvature(m), rtol=0.12, atol=1e-6)
+
+
+def test_taylor_per_sequence_repeats_by_its_seed():
+    model, ids = tiny_model("llama"), tokens(3, 12)
+    masks = attach_masks(model, fused=False)
+    a, b, c = (taylor(model, masks, ids, per_sequence=True, seed=s)[1] for s in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_wanda_sp_is_mean_weight_times_input_norm(family):
     model, ids = tiny_model(family), tokens(3, 12)

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import logging
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from maskprune.training import data
-from maskprune.training.data import block_order, documents, read_text, token_blocks
+from maskprune.training.data import block_order, document_end, text_prefix, token_blocks
+
+
+def word_tokenizer(*extra, adds="", **special):
+    """Knows w0 .. w99 as 2 .. 101, `extra` from 102 on; puts the tokens `adds` before a text."""
+    words = {"<eos>": 0, "<unk>": 1} | {f"w{i}": i + 2 for i in range(100)}
+    words |= {token: 102 + i for i, token in enumerate(extra)}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if adds:
+        pieces = [(token, words[token]) for token in adds.split()]
+        core.post_processor = processors.TemplateProcessing(
+            single=f"{adds} $A", special_tokens=pieces
+        )
+    special = {"eos_token": "<eos>"} | special
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", **special)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    words = {"<eos>": 0, "<unk>": 1} | {f"w{i}": i + 2 for i in range(100)}
-    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", unk_token="<unk>")
+    return word_tokenizer()
 
 
 def write_jsonl(path, texts):
@@ -36,6 +46,50 @@ def test_documents_are_joined_by_eos_and_cut_into_blocks(tokenizer):
     blocks = token_blocks(["w0 w1 w2", "w3", "w4 w5 w6 w7"], tokenizer, 4)
     assert sorted(blocks.tolist()) == [[2, 3, 4, 0], [5, 0, 6, 7]]
     assert blocks.dtype == torch.int64
+
+
+def test_every_document_and_every_block_begins_with_the_bos_that_the_tokenizer_adds():
+    with_bos = word_tokenizer("<bos>", bos_token="<bos>", adds="<bos>")
+    assert text_prefix(with_bos) == [102]
+    # bos w0 w1 w2 | bos w3 w4 w5 | bos w6 eos bos | bos w7 eos (tail): no text is lost in cutting
+    blocks = token_blocks(["w0 w1 w2 w3 w4 w5 w6", "w7"], with_bos, 4)
+    assert sorted(blocks.tolist()) == [[102, 2, 3, 4], [102, 5, 6, 7], [102, 8, 0, 102]]
+    # A document that begins where a block begins has one BOS, not two.
+    blocks = token_blocks(["w0 w1", "w3 w4"], with_bos, 4)
+    assert sorted(blocks.tolist()) == [[102, 2, 3, 0], [102, 5, 6, 0]]
+    assert token_blocks(["w0 w1"] * 9, with_bos, 4, num_tokens=10).shape == (3, 4)
+    with pytest.raises(ValueError, match="seq_len is 1; expected at least 2"):
+        token_blocks(["w0"], with_bos, 1)
+
+
+def test_a_bos_that_the_tokenizer_does_not_add_is_not_added():
+    assert text_prefix(word_tokenizer("<bos>", bos_token="<bos>")) == []
+    assert text_prefix(word_tokenizer("[gMASK]", "<sop>", adds="[gMASK] <sop>")) == [102, 103]
+
+
+@pytest.mark.parametrize(
+    ("eos", "others", "expected"),
+    [
+        ("<eos>", ("<|endoftext|>",), "<eos>"),
+        ("<|im_end|>", ("<|endoftext|>",), "<|endoftext|>"),
+        ("<|eot_id|>", ("<|end_of_text|>",), "<|end_of_text|>"),
+        ("<|END_OF_TURN_TOKEN|>", ("<EOS_TOKEN>",), "<EOS_TOKEN>"),
+        ("</s>", ("<|endoftext|>",), "</s>"),
+        ("<|im_end|>", ("<|im_start|>",), "<eos>"),
+    ],
+)
+def test_documents_end_as_in_pretraining_not_as_a_chats_turn(eos, others, expected):
+    tokens = [t for t in (eos, *others) if t != "<eos>"]
+    instruct = word_tokenizer(*tokens, eos_token=eos)
+    assert document_end(instruct) == instruct.convert_tokens_to_ids(expected)
+    blocks = token_blocks(["w0 w1 w2"], instruct, 4)
+    assert blocks.tolist() == [[2, 3, 4, instruct.convert_tokens_to_ids(expected)]]
+
+
+def test_without_a_pretraining_end_in_the_vocabulary_the_end_of_turn_stays():
+    core = Tokenizer(models.WordLevel({"<|im_end|>": 0, "w": 1}, unk_token="w"))
+    bare = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>")
+    assert document_end(bare) == 0
 
 
 def test_the_seed_moves_blocks_and_changes_no_token(tokenizer, tmp_path):
@@ -55,28 +109,10 @@ def test_num_tokens_reads_whole_blocks_and_no_further(tokenizer):
     assert {tuple(row) for row in few.tolist()} <= {tuple(row) for row in every.tolist()}
 
 
-def test_every_kind_of_file_gives_the_same_documents(tokenizer, tmp_path):
-    texts = [sentence(0, 5), sentence(5, 5)]
-    plain = write_jsonl(tmp_path / "a.jsonl", texts)
-    packed = tmp_path / "a.jsonl.gz"
-    packed.write_bytes(gzip.compress(plain.read_bytes()))
-    assert list(documents(plain)) == list(documents(str(packed))) == list(documents(texts)) == texts
-
-
-def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "b.txt").write_text("two")
-    (tmp_path / "a.txt").write_text("one")
-    (tmp_path / "sub" / "c.jsonl").write_text('{"text": "three"}\n')
-    (tmp_path / "ignored.csv").write_text("no")
-    assert list(documents(tmp_path)) == ["one", "two", "three"]
-
-
-def test_perplexity_text_is_the_documents_between_blank_lines(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", ["one", "", "two"])
-    assert read_text(path) == "one\n\n\n\ntwo"
-    (tmp_path / "b.txt").write_text(" = Title = \n\n text\n")
-    assert read_text(tmp_path / "b.txt") == " = Title = \n\n text\n"
+def test_less_text_than_a_block_is_one_line_that_says_so(tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_text("w0 w1")
+    with pytest.raises(ValueError, match="holds 3 tokens, but one block needs 8"):
+        token_blocks(tmp_path / "a.txt", tokenizer, 8)
 
 
 def test_each_epoch_reads_every_block_once():
@@ -100,89 +136,6 @@ def test_reading_the_data_again_is_noted(caplog):
     assert "10 blocks (80 tokens)" in caplog.text
     assert "15 blocks (120 tokens)" in caplog.text
     assert "1.5 times" in caplog.text
-
-
-def test_a_hub_dataset_is_streamed_by_name_config_and_split(monkeypatch):
-    calls = []
-
-    def load_dataset(name, config, *, split, streaming):
-        calls.append((name, config, split, streaming))
-        return [{"text": "one"}, {"text": ""}, {"text": "two"}]
-
-    import datasets
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    for source in ("org/c4", "org/c4:en", "org/c4:en:test", "org/c4:validation", "org/c4::all"):
-        assert list(documents(source)) == ["one", "two"]
-    assert read_text("org/c4:en") == "one\n\n\n\ntwo"
-    assert calls == [
-        ("org/c4", None, "train", True),
-        ("org/c4", "en", "train", True),
-        ("org/c4", "en", "test", True),
-        ("org/c4", None, "validation", True),
-        ("org/c4", None, "all", True),
-        ("org/c4", "en", "test", True),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        (
-            "a.jsonl",
-            b'{"text": "x"}\n{"body": "y", "id": 1}\n',
-            r"line 2: no string under `text` \(keys body, id\)",
-        ),
-        ("a.jsonl", b'{"text": "x"}\n\n{"text": 3}\n', "line 3: no string under `text`"),
-        ("a.jsonl", b'["x"]\n', r"line 1: no string under `text` \(list\)"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": \n', "line 2: broken JSON"),
-        ("a.jsonl", b"", "is empty; expected documents"),
-        ("a.txt", b"  \n ", "is empty; expected documents"),
-        ("a.txt", b"\xff\xfe\xff", "is not UTF-8"),
-        ("a.txt", b"w0 w1", "holds 3 tokens, but one block needs 8"),
-        ("a.jsonl.gz", b"no gzip", "is broken gzip"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99)[:-20], "is broken gzip"),
-        ("a.parquet", b"x", "is of unknown kind; expected .txt"),
-    ],
-)
-def test_a_bad_file_is_one_line_that_says_what_to_do(tokenizer, tmp_path, name, content, message):
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=message) as caught:
-        token_blocks(path, tokenizer, 8)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_missing_file_is_not_looked_up_on_the_hub(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_hub_documents", lambda *_: pytest.fail("asked the hub"))
-    for source in ("no/such.jsonl", "./none", tmp_path / "none"):
-        with pytest.raises(ValueError, match="does not exist; give a path"):
-            token_blocks(source, tokenizer, 8)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no file ending in .txt"):
-        token_blocks(tmp_path / "empty", tokenizer, 8)
-
-
-def test_a_dataset_that_the_hub_does_not_give_says_what_to_do_offline(tokenizer, monkeypatch):
-    import datasets
-
-    def load_dataset(*_, **__):
-        raise ConnectionError("no route\nsecond line")
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(ValueError, match=r"\(no route\); check the name, or offline") as caught:
-        token_blocks("org/none", tokenizer, 8)
-    assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match="3 colons"):
-        token_blocks("a:b:c:d", tokenizer, 8)
-
-
-def test_a_dataset_without_text_names_its_columns(tokenizer, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: [{"label": 1, "body": "x"}])
-    with pytest.raises(ValueError, match="columns body, label; expected one named `text`"):
-        token_blocks("org/labels", tokenizer, 8)
 
 
 def test_bad_arguments_are_named(tokenizer):

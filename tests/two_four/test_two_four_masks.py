@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from models import tiny_model, tokens
@@ -81,6 +83,21 @@ def test_draws_are_new_and_come_back_by_number():
     other = attach_two_four(tiny_model("llama"), seed=1)
     mine = {int(seed) for seed in masks._seeds}
     assert not mine & {int(seed) for seed in other._seeds}
+
+
+def test_a_deep_copy_after_a_forward_has_masks_of_its_own():
+    model = tiny_model("llama")
+    masks = attach_two_four(model)
+    model(input_ids=tokens())
+    twin = copy.deepcopy(model)
+    before = logits(model)
+    assert torch.equal(logits(twin), before)
+    with torch.no_grad():
+        for p in (p for n, p in twin.named_parameters() if n.endswith("weight.0.logits")):
+            p.mul_(-1)
+    assert torch.equal(logits(model), before) and not torch.equal(logits(twin), before)
+    masks.draw(7)
+    assert not torch.equal(logits(model), before)
 
 
 def test_gradients_reach_every_logit_and_no_weight():

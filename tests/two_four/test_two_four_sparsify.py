@@ -37,6 +37,14 @@ def run(tmp_path=None, family="llama", resume=False, **changes):
     return sparsify(model, None, data(), config, run_dir=tmp_path, resume=resume, quiet=True)
 
 
+def test_a_model_in_float16_learns_no_masks_but_is_chosen_for():
+    model = tiny_model("llama", dtype=torch.float16)
+    with pytest.raises(ValueError, match="in float16.*--dtype bfloat16 or float32"):
+        sparsify(model, None, data(), SparsifyConfig(**QUICK), quiet=True)
+    config = SparsifyConfig(**(QUICK | {"method": "magnitude"}))
+    assert is_sparse(sparsify(model, None, None, config, quiet=True).model)
+
+
 @torch.no_grad()
 def lm_loss(model) -> float:
     ids = data()
