@@ -5,6 +5,7 @@ Imports nothing heavy, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -173,7 +174,7 @@ class SparsifyConfig:
     )
     prior: str = _setting(
         "sparsegpt",
-        "What the learning starts from: sparsegpt, wanda, magnitude, none, or a masks file.",
+        "What the learning starts from: sparsegpt, wanda, magnitude, none, or masks of a run.",
     )
     prior_strength: float = _setting(
         8.0, "How far the prior moves the logits, in their standard deviations (the paper: 3)."
@@ -232,12 +233,12 @@ class SparsifyConfig:
             regulariser=("relative", "sum"),
             autocast=("auto", "bfloat16", "none"),
         )
-        if self.prior not in ("sparsegpt", "wanda", "magnitude", "none") and (
-            not self.prior.endswith(".safetensors")
+        if self.prior not in ("sparsegpt", "wanda", "magnitude", "none") and not (
+            self.prior.endswith(".safetensors") or os.path.isdir(self.prior)
         ):
             raise ValueError(
-                f"prior is {self.prior!r}; expected sparsegpt, wanda, magnitude, none or a masks "
-                "file, masks.safetensors"
+                f"prior is {self.prior!r}; expected sparsegpt, wanda, magnitude, none, or the "
+                "masks file or output folder of another run"
             )
         if self.update_weights and self.method != "sparsegpt":
             raise ValueError(
@@ -322,7 +323,7 @@ class SparsifyFiles:
         "Text to learn from: .txt, .jsonl, folder, or dataset[:config][:split]; C4 by default.",
     )
     masks: str | None = _setting(
-        None, "Apply this masks file as it is, and learn nothing; needs no data."
+        None, "Apply the masks of this file or run as they are, and learn nothing; needs no data."
     )
     resume: bool = _setting(False, "Continue the run in progress, with the same settings.")
     overwrite: bool = _setting(False, "Replace an output folder that exists.")
@@ -348,9 +349,11 @@ class ExportConfig:
     """What `maskprune export` folds and writes, from disk to disk."""
 
     model: str = field(metadata={"help": "Checkpoint folder or hub id."})
-    masks: str = field(metadata={"help": "Masks file that `maskprune prune` wrote."})
+    masks: str = field(metadata={"help": "Masks file, or output folder of `maskprune prune`."})
     output: str = field(metadata={"help": "Folder to write.", "aliases": ["-o"]})
-    adapter: str | None = _setting(None, "PEFT LoRA adapter folder to merge on the way.")
+    adapter: str | None = _setting(
+        None, "PEFT LoRA adapter to merge on the way: its folder, or the run's."
+    )
     arch_fallback: str = _setting("mistral", "mistral, divisor or error.")
     max_shard_size: str = _setting("5GB", "Of one file of weights.")
     overwrite: bool = _setting(False, "Replace an output folder that exists.")
@@ -362,7 +365,9 @@ class CheckConfig:
 
     folder: str = field(metadata={"help": "Checkpoint folder."})
     against: str | None = _setting(None, "The original model, to compare logits with.")
-    masks: str | None = _setting(None, "The masks file, applied to --against.")
+    masks: str | None = _setting(
+        None, "Masks to apply to --against: a file or a run's folder; the checkpoint's own, if any."
+    )
     targets: str | None = _setting(None, "Engines to lint for: vllm,gguf,awq128,fp8,tp=4.")
 
 

@@ -15,13 +15,14 @@ from typing import Any
 from maskprune.commands.evaluate import perplexity
 from maskprune.commands.run_folder import machine, versions
 from maskprune.config import PruneConfig
-from maskprune.files import new_folder, replace_file, write_json
+from maskprune.files import OWN_FOLDER, new_folder, replace_file, write_json
 from maskprune.hf.checkpoint_files import save_stock
 from maskprune.hf.demo_model import demo_model_dir, demo_text
 from maskprune.hf.equality import compare_logits, require_equal
 from maskprune.hf.load import load_model
 from maskprune.hf.model_card import model_card
 from maskprune.hf.shape import shape_of
+from maskprune.structured.masks import MASKS_FILE
 from maskprune.training.speed import throughput
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -145,7 +146,8 @@ def demonstrate(out: Path, steps: int, seed: int = 0) -> dict[str, Any]:
     result = prune(model, tokenizer, train, config)
     with new_folder(out, overwrite=True) as folder:
         save_stock(result.model, folder, source=source, tokenizer=tokenizer)
-        result.masks.save(folder / "masks.safetensors")
+        (folder / OWN_FOLDER).mkdir()
+        result.masks.save(folder / OWN_FOLDER / MASKS_FILE)
         pruned_model, _ = load_model(folder, device="cpu")
         sample = tokenizer(" ".join(PROMPTS), return_tensors="pt")["input_ids"]
         difference = compare_logits(result.masked_model, pruned_model, sample)
@@ -195,9 +197,9 @@ def demonstrate(out: Path, steps: int, seed: int = 0) -> dict[str, Any]:
         }
         info |= {"seconds": time.monotonic() - started, "peak_bytes": peak_bytes()}
         lines = (json.dumps(row) + "\n" for row in trace)
-        replace_file(folder / "trace.jsonl", "".join(lines))
+        replace_file(folder / OWN_FOLDER / "trace.jsonl", "".join(lines))
         replace_file(folder / "README.md", model_card(info))
-        write_json(folder / "maskprune.json", info)
+        write_json(folder / OWN_FOLDER / "maskprune.json", info)
     print()
     print(table(compare(found["dense"], found["pruned"], difference)))
     return info

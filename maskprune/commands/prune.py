@@ -19,11 +19,12 @@ from maskprune.commands.run_folder import (
     versions,
 )
 from maskprune.config import PruneConfig
-from maskprune.files import new_folder, write_json
+from maskprune.files import OWN_FOLDER, new_folder, write_json
 from maskprune.hf.equality import compare_logits, require_equal
 from maskprune.hf.model_card import model_card
 from maskprune.hf.shape import shape_of
 from maskprune.structured.budget import Budget
+from maskprune.structured.masks import MASKS_FILE
 from maskprune.structured.plan import cost, lint, plan, render
 from maskprune.training.data import token_blocks
 
@@ -127,10 +128,12 @@ def run_prune(
             model_card=card,
             max_shard_size=max_shard_size,
         )
-        result.masks.save(folder / "masks.safetensors")
-        result.masked_model.save_pretrained(folder / "adapter")
-        shutil.copyfile(run / "trace.jsonl", folder / "trace.jsonl")
-        write_json(folder / "maskprune.json", record)
+        own = folder / OWN_FOLDER
+        own.mkdir()
+        result.masks.save(own / MASKS_FILE)
+        result.masked_model.save_pretrained(own / "adapter")
+        shutil.copyfile(run / "trace.jsonl", own / "trace.jsonl")
+        write_json(own / "maskprune.json", record)
     shutil.rmtree(run)
     lines = [
         f"{shape_of(config)} -> {result.shape}",

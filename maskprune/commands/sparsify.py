@@ -22,14 +22,13 @@ from maskprune.commands.run_folder import (
     versions,
 )
 from maskprune.config import SparsifyConfig
-from maskprune.files import new_folder, require_new_folder, write_json
+from maskprune.files import OWN_FOLDER, new_folder, own_file, require_new_folder, write_json
 from maskprune.hf.families import family_of
 from maskprune.hf.load import load_model
 from maskprune.hf.model_card import model_card
 from maskprune.training.data import token_blocks
-from maskprune.two_four.patterns import apply_masks, load_masks, save_masks
-
-MASKS_FILE = "two_four.safetensors"
+from maskprune.two_four.one_shot import METHODS
+from maskprune.two_four.patterns import MASKS_FILE, apply_masks, load_masks, save_masks
 
 
 def run_sparsify(
@@ -61,7 +60,7 @@ def run_sparsify(
         return _apply(name, out, masks, settings, overwrite, max_shard_size)
     inputs = run_inputs(name, data, settings)
     run = claim_run_folder(out, inputs, resume=resume, overwrite=overwrite)
-    if settings.method == "maskllm" and settings.prior.endswith(".safetensors"):
+    if settings.method == "maskllm" and settings.prior not in METHODS and settings.prior != "none":
         load_masks(settings.prior)
     model, tokenizer = load_to_train(name, settings.dtype, settings.device)
     source = blocks = None
@@ -93,7 +92,7 @@ def run_sparsify(
     with new_folder(out, overwrite) as folder:
         _write(result.model, result.masks, folder, name, tokenizer, record, made, max_shard_size)
         if result.trace:
-            shutil.copyfile(run / "trace.jsonl", folder / "trace.jsonl")
+            shutil.copyfile(run / "trace.jsonl", folder / OWN_FOLDER / "trace.jsonl")
     shutil.rmtree(run)
     return _told(result.masks, out, type(result.model).__name__)
 
@@ -165,14 +164,16 @@ def _write(
     about = {"source_model": str(name), "method": record["method"] or ""}
     if (record["settings"] or {}).get("update_weights"):
         about["weights"] = "updated, and not in this file"
-    save_masks(folder / MASKS_FILE, masks, about)
-    write_json(folder / "maskprune.json", record)
+    own = folder / OWN_FOLDER
+    own.mkdir()
+    save_masks(own / MASKS_FILE, masks, about)
+    write_json(own / "maskprune.json", record)
 
 
 def _told(masks: dict[str, torch.Tensor], out: Path, kind: str) -> str:
     weights = sum(mask.numel() for mask in masks.values())
     return (
         f"2:4 in {len(masks)} linears: {weights // 2:,} of their {weights:,} weights are zero\n"
-        f"stock {kind} in {out}, equal when read back; its masks in {out / MASKS_FILE}; load it "
-        f'with AutoModelForCausalLM.from_pretrained("{out}")'
+        f"stock {kind} in {out}, equal when read back; its masks in {own_file(out, MASKS_FILE)}; "
+        f'load it with AutoModelForCausalLM.from_pretrained("{out}")'
     )

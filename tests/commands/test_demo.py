@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints_on_disk import strange_tensors
 
 from maskprune.commands import demo as demonstrate
 from maskprune.commands.demo import compare, peak_bytes, settings, sizes, table
@@ -261,15 +262,14 @@ def test_the_demo_goes_from_nothing_to_a_checkpoint_a_table_and_a_page(tiny_base
         f'model = AutoModelForCausalLM.from_pretrained("{out}")',
         f'tokenizer = AutoTokenizer.from_pretrained("{out}")',
     ]
-    info = json.loads((out / "maskprune.json").read_text())
+    info = json.loads((out / "maskprune" / "maskprune.json").read_text())
     assert info["pruned"]["parameters"] < info["dense"]["parameters"]
     assert info["difference"]["largest"] <= 1e-4 * info["difference"]["largest_logit"]
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.config.intermediate_size == info["pruned"]["ffn"]
+    assert strange_tensors(out) == set()
     assert AutoTokenizer.from_pretrained(out)("w0")["input_ids"] == [2]
-    assert {"report.html", "README.md", "masks.safetensors", "trace.jsonl"} <= {
-        path.name for path in out.iterdir()
-    }
+    assert {"report.html", "README.md", "maskprune"} <= {path.name for path in out.iterdir()}
 
 
 @pytest.mark.demo
