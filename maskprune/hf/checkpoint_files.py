@@ -118,7 +118,7 @@ def save_stock(
     source: Path | None = None,
     tokenizer: Any = None,
     model_card: str | None = None,
-    max_shard_size: str = "5GB",
+    max_shard_size: int | str = "5GB",
 ) -> None:
     """Write `small` into the folder `out` as a checkpoint that transformers 4 and 5 load."""
     small.save_pretrained(out, max_shard_size=max_shard_size)

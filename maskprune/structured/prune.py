@@ -190,15 +190,7 @@ def prune(
     from peft import LoraConfig, get_peft_model
 
     core: Any = model
-    budget = Budget(
-        core,
-        config.sparsity,
-        head_unit=config.head_unit,
-        multiple_of=config.multiple_of,
-        head_sparsity=config.head_sparsity,
-        ffn_sparsity=config.ffn_sparsity,
-        arch_fallback=config.arch_fallback,
-    )
+    budget = Budget.of(core, config)
     blocks = as_blocks(data, tokenizer, config)
     steps = total_steps(config, len(blocks))
     order = block_order(len(blocks), config.batch_size, steps, config.seed, seq_len=config.seq_len)

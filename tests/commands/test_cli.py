@@ -200,10 +200,64 @@ def test_a_switch_wins_over_the_recipe(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("sparsity: 0.1\ncompensate: true\n")
     for flags, expected in (([], True), (["--no-compensate"], False)):
-        (_, settings), _ = parse(
+        _, settings = parse(
             "prune", [PruneFiles, PruneConfig], ["m", f"--config={recipe}", *flags], ""
         )
         assert settings.compensate is expected
+
+
+def test_a_recipe_may_name_everything_and_hold_lists(tmp_path):
+    from maskprune.cli import parse
+    from maskprune.config import PruneConfig, PruneFiles
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model: m\noutput: o\nsparsity: 0.1\nlora-targets: [q_proj, v_proj]\ntargets: null\n"
+        "resume: true\nsteps: 30\nepochs: 2\n"
+    )
+    files, settings = parse("prune", [PruneFiles, PruneConfig], ["--config", str(recipe)], "")
+    assert (files.model, files.output, files.resume) == ("m", "o", True)
+    assert settings.lora_targets == "q_proj,v_proj" and settings.targets is None
+    assert (settings.sparsity, settings.steps, settings.epochs) == (0.1, 30, 2.0)
+    flags = ["other", "--config", str(recipe), "-o", "p", "--steps", "40"]
+    files, settings = parse("prune", [PruneFiles, PruneConfig], flags, "")
+    assert (files.model, files.output, settings.steps) == ("other", "p", 40)
+
+
+@pytest.mark.parametrize(
+    "more, recipe, said",
+    [
+        (["--sparsity", "abc"], "", "--sparsity: invalid float value: 'abc'"),
+        ([], "steps: many", "--steps: invalid int value: 'many'"),
+        ([], "steps: [1, 2]", "--steps: invalid int value: '1,2'"),
+        ([], "steps: {a: 1}", "steps is a mapping; expected one value"),
+        (["--stepz", "3"], "", "unknown arguments: --stepz 3"),
+        (["--config"], "", "expected one argument"),
+    ],
+)
+def test_a_bad_value_is_one_line(more, recipe, said, place, tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    arguments = ["plan", str(place / "model"), "--config", str(tmp_path / "recipe.yaml")]
+    command = "prune" if "steps" in recipe else "plan"
+    assert main([command, *arguments[1:], *more]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+def test_bounds_of_settings_are_checked_at_once():
+    from maskprune.config import PruneConfig, SparsifyConfig
+
+    for settings, message in (
+        (dict(alpha=-1.0), "alpha is -1.0; expected at least 0"),
+        (dict(seed=-1), "seed is -1; expected at least 0"),
+        (dict(warmup=2.0), "warmup is 2.0"),
+        (dict(lora_alpha=0), "lora_alpha is 0"),
+        (dict(batch_size=3, gradient_accumulation=2), "does not divide batch_size 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PruneConfig(sparsity=0.2, **settings)
+    with pytest.raises(ValueError, match="max_tokens is 0"):
+        SparsifyConfig(max_tokens=0)
 
 
 def test_help_imports_no_torch():
