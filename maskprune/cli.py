@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from maskprune.config import (
     CheckConfig,
@@ -16,10 +16,14 @@ from maskprune.config import (
     PruneConfig,
     PruneFiles,
     ReportConfig,
+    RunFiles,
     SparsifyConfig,
     SparsifyFiles,
 )
 from maskprune.version import __version__
+
+if TYPE_CHECKING:
+    import argparse
 
 USAGE = f"""maskprune {__version__}: structured pruning to a stock, uniform, proven checkpoint
 
@@ -36,45 +40,47 @@ usage: maskprune COMMAND ... ; maskprune COMMAND --help shows its flags
 """
 
 
-def parse(
-    command: str, kinds: Sequence[Any], argv: Sequence[str], doc: str
-) -> tuple[list[Any], dict[str, Any]]:
+def parse(command: str, kinds: Sequence[Any], argv: Sequence[str], doc: str) -> list[Any]:
     """One dataclass per kind from flags and an optional `--config recipe.yaml`, flags first.
 
     The first field of the first kind is the positional argument. Unknown flags and keys are
     errors.
     """
+    import argparse
+
     from transformers.hf_argparser import HfArgumentParser
 
-    positional = dataclasses.fields(kinds[0])[0].name
-    parser = HfArgumentParser(
-        list(kinds), prog=f"maskprune {command}", description=doc, allow_abbrev=False
-    )
-    parser.add_argument("--config", help="YAML file with the same keys; flags override it.")
-    arguments, recipe = [], {}
-    for a in argv:
-        arguments += a.split("=", 1) if a.startswith("--config=") else [a]
-    if "--config" in arguments:
-        at = arguments.index("--config")
-        if at + 1 >= len(arguments):
-            raise ValueError("--config needs a file; expected --config recipe.yaml")
-        recipe = _read_recipe(arguments[at + 1], kinds)
-        del arguments[at : at + 2]
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise ValueError(f"{message}; maskprune {command} --help shows the flags")
+
+    parser = Parser(list(kinds), prog=f"maskprune {command}", description=doc, allow_abbrev=False)
+    recipe = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    recipe.error = parser.error  # type: ignore[method-assign]
+    for each in (recipe, parser):
+        each.add_argument("--config", help="YAML file with the same keys; flags override it.")
+    path, arguments = recipe.parse_known_args(argv)
+    if path.config is not None:
+        _set_defaults(parser, _read_recipe(path.config, kinds))
     if arguments and not arguments[0].startswith("-"):
-        arguments[:1] = [f"--{positional}", arguments[0]]
-    given = {a.partition("=")[0] for a in arguments if a.startswith("-")}
-    for key, value in recipe.items():
-        dashed = key.replace("_", "-")
-        names = {f"--{key}", f"--{dashed}", f"--no_{key}", f"--no-{dashed}"}
-        if key == "output":
-            names.add("-o")
-        if not names & given and value is not None:
-            arguments += [f"--{key}", str(value)]
-    *values, rest = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
-    values = [v for v in values if dataclasses.is_dataclass(v)]
+        arguments.insert(0, f"--{dataclasses.fields(kinds[0])[0].name}")
+    given, rest = parser.parse_known_args(arguments)
     if rest:
-        parser.error(f"unknown arguments: {' '.join(rest)}; see maskprune {command} --help")
-    return values, recipe
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    return [
+        kind(**{field.name: getattr(given, field.name) for field in dataclasses.fields(kind)})
+        for kind in kinds
+    ]
+
+
+def _set_defaults(parser: argparse.ArgumentParser, recipe: dict[str, Any]) -> None:
+    """A recipe's values as the parser's defaults; a list is what commas are on a command line."""
+    for key, value in recipe.items():
+        text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        parser.set_defaults(**{key: text})
+    for action in parser._actions:
+        if action.dest in recipe:
+            action.required = False
 
 
 def _read_recipe(path: str, kinds: Sequence[type]) -> dict[str, Any]:
@@ -97,14 +103,16 @@ def _read_recipe(path: str, kinds: Sequence[type]) -> dict[str, Any]:
             f"recipe {path} has unknown keys {', '.join(unknown)}; known are "
             f"{', '.join(sorted(known))}"
         )
-    return recipe
+    if nested := [key for key, value in recipe.items() if isinstance(value, dict)]:
+        raise ValueError(f"recipe {path}: {nested[0]} is a mapping; expected one value")
+    return {key: value for key, value in recipe.items() if value is not None}
 
 
 def info(argv: Sequence[str]) -> int:
     """`maskprune info`."""
     import torch
 
-    from maskprune.commands.run_folder import versions
+    from maskprune.commands.record import versions
     from maskprune.ops.backend import unavailable
 
     for name, found in versions().items():
@@ -120,78 +128,63 @@ def info(argv: Sequence[str]) -> int:
 
 def plan(argv: Sequence[str]) -> int:
     """`maskprune plan`."""
-    (settings,), _ = parse("plan", [PlanConfig], argv, "The shape to come, from config.json alone.")
+    (settings,) = parse("plan", [PlanConfig], argv, "The shape to come, from config.json alone.")
     from maskprune.commands.run_folder import read_config
     from maskprune.structured.budget import Budget
     from maskprune.structured.plan import plan as make
     from maskprune.structured.plan import render
 
     config = read_config(settings.model)
-    options = dataclasses.asdict(settings)
-    targets = options.pop("targets")
-    options.pop("model")
-    print(render(make(config, Budget(config, **options), targets)))
+    print(render(make(config, Budget.of(config, settings), settings.targets)))
     return 0
 
 
 def prune(argv: Sequence[str]) -> int:
     """`maskprune prune`."""
-    (files, settings), _ = parse(
+    files, settings = parse(
         "prune", [PruneFiles, PruneConfig], argv, "Learn the masks and write a stock checkpoint."
     )
-    if files.output is None and not files.dry_run:
-        raise ValueError("no output folder is given; pass -o OUT, or --dry-run to see the plan")
-    from maskprune.commands.prune import run_prune
+    if not files.dry_run:
+        _require_output(files)
+    from maskprune.commands.prune import plan_prune, run_prune
+    from maskprune.structured.plan import render
     from maskprune.training.allocator import return_freed_memory
 
     return_freed_memory()
 
-    print(
-        run_prune(
-            files.model,
-            Path(files.output or "."),
-            settings,
-            data=files.data,
-            resume=files.resume,
-            overwrite=files.overwrite,
-            dry_run=files.dry_run,
-            max_shard_size=files.max_shard_size,
-        )
-    )
+    if files.dry_run:
+        print(render(plan_prune(files.model, settings)))
+    else:
+        print(run_prune(files, settings).summary)
     return 0
+
+
+def _require_output(files: RunFiles) -> None:
+    if files.output is None:
+        raise ValueError("no output folder is given; pass -o OUT")
 
 
 def sparsify(argv: Sequence[str]) -> int:
     """`maskprune sparsify`."""
-    (files, settings), _ = parse(
+    files, settings = parse(
         "sparsify",
         [SparsifyFiles, SparsifyConfig],
         argv,
         "Learn 2:4 masks (MaskLLM), or choose them at once, and write a stock checkpoint.",
     )
+    _require_output(files)
     from maskprune.commands.sparsify import run_sparsify
     from maskprune.training.allocator import return_freed_memory
 
     return_freed_memory()
 
-    print(
-        run_sparsify(
-            files.model,
-            Path(files.output),
-            settings,
-            data=files.data,
-            masks=files.masks,
-            resume=files.resume,
-            overwrite=files.overwrite,
-            max_shard_size=files.max_shard_size,
-        )
-    )
+    print(run_sparsify(files, settings).summary)
     return 0
 
 
 def export(argv: Sequence[str]) -> int:
     """`maskprune export`."""
-    (settings,), _ = parse("export", [ExportConfig], argv, "Fold masks into a checkpoint on disk.")
+    (settings,) = parse("export", [ExportConfig], argv, "Fold masks into a checkpoint on disk.")
     from maskprune.streaming.export import export_checkpoint
 
     options = dataclasses.asdict(settings)
@@ -204,7 +197,7 @@ def export(argv: Sequence[str]) -> int:
 
 def check(argv: Sequence[str]) -> int:
     """`maskprune check`; exit code 1 where a check fails."""
-    (settings,), _ = parse("check", [CheckConfig], argv, "Is this folder a stock checkpoint?")
+    (settings,) = parse("check", [CheckConfig], argv, "Is this folder a stock checkpoint?")
     from maskprune.commands.check import check as run
 
     found = run(
@@ -221,7 +214,7 @@ def check(argv: Sequence[str]) -> int:
 
 def evaluate(argv: Sequence[str]) -> int:
     """`maskprune eval`."""
-    (settings,), _ = parse("eval", [EvalConfig], argv, "Perplexity by windows, and lm-eval tasks.")
+    (settings,) = parse("eval", [EvalConfig], argv, "Perplexity by windows, and lm-eval tasks.")
     import json
 
     from maskprune.commands.evaluate import evaluate as run
@@ -232,7 +225,7 @@ def evaluate(argv: Sequence[str]) -> int:
 
 def report(argv: Sequence[str]) -> int:
     """`maskprune report`."""
-    (settings,), _ = parse("report", [ReportConfig], argv, "The run's plots and tables.")
+    (settings,) = parse("report", [ReportConfig], argv, "The run's plots and tables.")
     from maskprune.commands.report import report as run
 
     print(run(settings.run))

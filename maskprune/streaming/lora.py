@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from maskprune.files import own_file
 from maskprune.hf.adapters import unmergeable
 from maskprune.streaming.safetensors_file import Stored, read_header
 
@@ -68,9 +69,14 @@ def load_tensor(stored: Stored) -> torch.Tensor:
 def read_adapter(folder: Path) -> dict[str, Lora]:
     """The adapter's factors by the name of the weight they change.
 
+    Args:
+        folder: the adapter's, or one that `maskprune prune` wrote.
+
     Raises:
         ValueError: no plain LoRA adapter in safetensors; says what to do.
     """
+    if not (folder / "adapter_config.json").is_file() and own_file(folder, "adapter").is_dir():
+        folder = own_file(folder, "adapter")
     config = _read_config(folder)
     path = folder / ADAPTER_NAME
     if not path.is_file():

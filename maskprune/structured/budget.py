@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from maskprune.config import BudgetConfig
 from maskprune.hf.families import family_of
 from maskprune.hf.pruned_config import ARCH_FALLBACKS, takes_heads
 from maskprune.hf.shape import Shape, shape_of
@@ -93,7 +94,7 @@ class Budget:
             raise ValueError(
                 f"arch_fallback is {arch_fallback!r}; expected one of {', '.join(ARCH_FALLBACKS)}"
             )
-        self.multiple_of = multiple_of or default_multiple(self.shape.ffn)
+        self.multiple_of = default_multiple(self.shape.ffn) if multiple_of is None else multiple_of
         if not 1 <= self.multiple_of <= self.shape.ffn:
             raise ValueError(
                 f"multiple_of is {multiple_of}; expected 1 up to the FFN width {self.shape.ffn}"
@@ -109,15 +110,30 @@ class Budget:
             self.splits = [self._hand_split(sparsity, head_sparsity, ffn_sparsity)]
             self.R_star = self.splits[0].R
         else:
-            if sparsity is not None and not isinstance(sparsity, int | float):
+            if sparsity is None:
+                raise ValueError("no sparsity is given; pass one like 0.2, or a split by hand")
+            if not isinstance(sparsity, int | float):
                 raise TypeError(f"sparsity is {sparsity!r}; expected a number, like 0.2")
-            if sparsity is None or not 0 < sparsity < 1:
+            if not 0 < sparsity < 1:
                 raise ValueError(
                     f"sparsity is {sparsity}; expected a number between 0 and 1, like 0.2"
                 )
             self.R_star = 1.0 - sparsity
             self.splits = self._legal_splits()
         self.sparsity = 1.0 - self.R_star
+
+    @classmethod
+    def of(cls, model: Any, settings: BudgetConfig) -> Budget:
+        """The budget that a command's settings ask for."""
+        return cls(
+            model,
+            settings.sparsity,
+            head_unit=settings.head_unit,
+            multiple_of=settings.multiple_of,
+            head_sparsity=settings.head_sparsity,
+            ffn_sparsity=settings.ffn_sparsity,
+            arch_fallback=settings.arch_fallback,
+        )
 
     def _removable_attention(self) -> int:
         if not self.head_units:

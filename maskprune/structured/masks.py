@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from maskprune.files import replace_file
+from maskprune.files import own_file, replace_file
 from maskprune.hf.families import (
     FAMILIES,
     Family,
@@ -34,6 +34,7 @@ from maskprune.structured.cuts import mask_rows, query_head_mask
 from maskprune.structured.fused_ffn import fuse_ffn, unfusable
 
 FORMAT_VERSION = "1"
+MASKS_FILE = "masks.safetensors"
 
 
 class Masks(nn.Module):
@@ -143,12 +144,17 @@ class Masks(nn.Module):
 def load_masks(path: str | Path) -> Masks:
     """Read a masks file that `Masks.save` wrote; attach it with `attach_masks(model, masks=...)`.
 
+    Args:
+        path: the file, or a folder that `maskprune prune` wrote.
+
     Raises:
         ValueError: no such file, or not a masks file of this format.
     """
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
+    if path.is_dir():
+        path = own_file(path, MASKS_FILE)
     if not path.is_file():
         raise ValueError(f"masks file {path} does not exist; expected what `maskprune prune` wrote")
     try:

@@ -197,15 +197,7 @@ def prune(
     if hasattr(model, "get_base_model") or adapted_layers(core):
         raise ValueError("the model has adapters already; merge them first: merge_and_unload()")
     require_trainable_dtype(core)
-    budget = Budget(
-        core,
-        config.sparsity,
-        head_unit=config.head_unit,
-        multiple_of=config.multiple_of,
-        head_sparsity=config.head_sparsity,
-        ffn_sparsity=config.ffn_sparsity,
-        arch_fallback=config.arch_fallback,
-    )
+    budget = Budget.of(core, config)
     blocks = as_blocks(data, tokenizer, config)
     steps = total_steps(config, len(blocks))
     order = block_order(len(blocks), config.batch_size, steps, config.seed, seq_len=config.seq_len)

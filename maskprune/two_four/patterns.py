@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from maskprune.files import replace_file
+from maskprune.files import own_file, replace_file
 from maskprune.hf.families import family_of, layers_of, stock_model
 
 FORMAT = "maskprune-two-four-masks"
 FORMAT_VERSION = "1"
+MASKS_FILE = "two_four.safetensors"
 
 # (6, 4) bool: the ways to keep 2 of 4, in MaskLLM's order (arXiv 2409.17481).
 CANDIDATES = torch.tensor(
@@ -215,8 +216,16 @@ def save_masks(
     replace_file(Path(path), save(tensors, metadata=own | dict(metadata)))
 
 
+def _file(path: str | Path) -> Path:
+    path = Path(path)
+    return own_file(path, MASKS_FILE) if path.is_dir() else path
+
+
 def load_masks(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Read a file that `save_masks` wrote.
+
+    Args:
+        path: the file, or a folder that `maskprune sparsify` wrote.
 
     Returns:
         (O, I) bool masks by module name, in the order in which they were saved, and the metadata.
@@ -226,7 +235,7 @@ def load_masks(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str
     """
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
+    path = _file(path)
     if not path.is_file():
         raise ValueError(f"masks file {path} does not exist; expected what `save_masks` wrote")
     try:
@@ -259,11 +268,14 @@ def load_masks(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str
 
 
 def is_masks_file(path: str | Path) -> bool:
-    """Whether a file says of itself that `save_masks` wrote it; False where it cannot be read."""
+    """Whether a file, or that of a folder, says of itself that `save_masks` wrote it.
+
+    False where it cannot be read.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(_file(path), framework="pt") as file:
             return (file.metadata() or {}).get("format") == FORMAT
     except (OSError, SafetensorError):
         return False

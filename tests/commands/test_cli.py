@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints_on_disk import write_checkpoint, write_text
+from checkpoints_on_disk import strange_tensors, write_checkpoint, write_text
 
 from maskprune.cli import COMMANDS, main
 
@@ -52,12 +53,14 @@ def test_prune_writes_a_stock_checkpoint_and_its_record(pruned):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(pruned)
-    record = json.loads((pruned / "maskprune.json").read_text())
+    record = json.loads((pruned / "maskprune" / "maskprune.json").read_text())
     assert record["shape"]["ffn"] == model.config.intermediate_size < 24
     assert record["logits_masked_against_exported"]["relative"] < 1e-4
     assert record["settings"]["seed"] == 0 and "torch" in record["versions"]
     assert len(AutoTokenizer.from_pretrained(pruned)("w1 w2").input_ids) == 2
-    rows = [json.loads(line) for line in (pruned / "trace.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (pruned / "maskprune" / "trace.jsonl").read_text().splitlines()
+    ]
     assert rows[-1]["R"] <= rows[-1]["R_star"] + 1e-6
     assert not (pruned.parent / "out.run").exists()
     assert "library_name: transformers" in (pruned / "README.md").read_text()
@@ -71,7 +74,7 @@ def test_check_proves_it_equal_to_the_masked_model(pruned, place, capsys):
             "--against",
             str(place / "model"),
             "--masks",
-            str(pruned / "masks.safetensors"),
+            str(pruned / "maskprune" / "masks.safetensors"),
             "--targets",
             "gguf,tp=2",
         ]
@@ -81,9 +84,74 @@ def test_check_proves_it_equal_to_the_masked_model(pruned, place, capsys):
     assert "equals the masked model" in out and "needs no remote code" in out
 
 
-def test_check_finds_a_checkpoint_that_is_not_equal(pruned, place, capsys):
-    assert main(["check", str(pruned), "--against", str(place / "model")]) == 1
+def test_check_takes_the_masks_that_lie_with_the_checkpoint(pruned, place, capsys):
+    assert main(["check", str(pruned), "--against", str(place / "model")]) == 0
+    assert f"masks of {pruned / 'maskprune' / 'masks.safetensors'}" in capsys.readouterr().out
+
+
+def test_check_finds_a_checkpoint_that_is_not_equal(pruned, place, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    copy = tmp_path / "copy"
+    shutil.copytree(pruned, copy)
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"][0] *= 2
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    assert main(["check", str(copy), "--against", str(place / "model")]) == 1
     assert "FAIL  differs from the masked model" in capsys.readouterr().out
+
+
+def test_check_without_any_masks_says_so(pruned, place, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(pruned, copy, ignore=shutil.ignore_patterns("maskprune"))
+    assert main(["check", str(copy), "--against", str(place / "model")]) == 1
+    said = capsys.readouterr().out
+    assert "without masks (give those of the run with --masks)" in said
+    assert "the masked model" not in said
+
+
+def test_check_finds_weights_that_are_not_the_models(pruned, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(pruned, copy)
+    shutil.copy(pruned / "maskprune" / "masks.safetensors", copy)
+    assert main(["check", str(copy)]) == 1
+    assert "FAIL  tensors that are not the model's: masks.safetensors" in capsys.readouterr().out
+
+
+def test_folders_of_older_versions_are_read(pruned, place, tmp_path, capsys):
+    old = tmp_path / "old"
+    shutil.copytree(pruned, old)
+    for path in (old / "maskprune").iterdir():
+        path.rename(old / path.name)
+    (old / "maskprune").rmdir()
+    against = ["--against", str(place / "model")]
+    assert main(["check", str(old), *against]) == 1
+    said = capsys.readouterr().out
+    assert "equals the masked model" in said and said.count("FAIL") == 1
+    assert main(["check", str(pruned), *against, "--masks", str(old)]) == 0
+    assert main(["report", str(old)]) == 0
+    assert "FFN width" in (old / "report.html").read_text()
+    weights = []
+    for run in (old, pruned):
+        out = tmp_path / f"of-{run.name}"
+        export = ["export", str(place / "model"), "--masks", str(run), "--adapter", str(run)]
+        assert main([*export, "-o", str(out)]) == 0
+        weights.append((out / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+def test_check_against_a_model_of_another_size_says_so(pruned, capsys):
+    assert main(["check", str(pruned), "--against", str(pruned)]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "does not fit" in said and len(said) < 300
+
+
+def test_every_safetensors_file_at_the_top_of_a_result_is_the_models(pruned, place, tmp_path):
+    again = tmp_path / "again"
+    export = ["export", str(place / "model"), "--masks", str(pruned), "-o", str(again)]
+    assert main([*export, "--max-shard-size", "10KB"]) == 0
+    for result in (pruned, again):
+        assert strange_tensors(result) == set()
 
 
 def test_export_from_the_masks_file_writes_the_same_weights(pruned, place, tmp_path):
@@ -94,9 +162,9 @@ def test_export_from_the_masks_file_writes_the_same_weights(pruned, place, tmp_p
             "export",
             str(place / "model"),
             "--masks",
-            str(pruned / "masks.safetensors"),
+            str(pruned / "maskprune" / "masks.safetensors"),
             "--adapter",
-            str(pruned / "adapter"),
+            str(pruned / "maskprune" / "adapter"),
             "-o",
             str(tmp_path / "again"),
         ]
@@ -143,10 +211,64 @@ def test_a_switch_wins_over_the_recipe(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("sparsity: 0.1\ncompensate: true\n")
     for flags, expected in (([], True), (["--no-compensate"], False)):
-        (_, settings), _ = parse(
+        _, settings = parse(
             "prune", [PruneFiles, PruneConfig], ["m", f"--config={recipe}", *flags], ""
         )
         assert settings.compensate is expected
+
+
+def test_a_recipe_may_name_everything_and_hold_lists(tmp_path):
+    from maskprune.cli import parse
+    from maskprune.config import PruneConfig, PruneFiles
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model: m\noutput: o\nsparsity: 0.1\nlora-targets: [q_proj, v_proj]\ntargets: null\n"
+        "resume: true\nsteps: 30\nepochs: 2\n"
+    )
+    files, settings = parse("prune", [PruneFiles, PruneConfig], ["--config", str(recipe)], "")
+    assert (files.model, files.output, files.resume) == ("m", "o", True)
+    assert settings.lora_targets == "q_proj,v_proj" and settings.targets is None
+    assert (settings.sparsity, settings.steps, settings.epochs) == (0.1, 30, 2.0)
+    flags = ["other", "--config", str(recipe), "-o", "p", "--steps", "40"]
+    files, settings = parse("prune", [PruneFiles, PruneConfig], flags, "")
+    assert (files.model, files.output, settings.steps) == ("other", "p", 40)
+
+
+@pytest.mark.parametrize(
+    "more, recipe, said",
+    [
+        (["--sparsity", "abc"], "", "--sparsity: invalid float value: 'abc'"),
+        ([], "steps: many", "--steps: invalid int value: 'many'"),
+        ([], "steps: [1, 2]", "--steps: invalid int value: '1,2'"),
+        ([], "steps: {a: 1}", "steps is a mapping; expected one value"),
+        (["--stepz", "3"], "", "unknown arguments: --stepz 3"),
+        (["--config"], "", "expected one argument"),
+    ],
+)
+def test_a_bad_value_is_one_line(more, recipe, said, place, tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    arguments = ["plan", str(place / "model"), "--config", str(tmp_path / "recipe.yaml")]
+    command = "prune" if "steps" in recipe else "plan"
+    assert main([command, *arguments[1:], *more]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+def test_bounds_of_settings_are_checked_at_once():
+    from maskprune.config import PruneConfig, SparsifyConfig
+
+    for settings, message in (
+        (dict(alpha=-1.0), "alpha is -1.0; expected at least 0"),
+        (dict(seed=-1), "seed is -1; expected at least 0"),
+        (dict(warmup=2.0), "warmup is 2.0"),
+        (dict(lora_alpha=0), "lora_alpha is 0"),
+        (dict(batch_size=3, gradient_accumulation=2), "does not divide batch_size 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PruneConfig(sparsity=0.2, **settings)
+    with pytest.raises(ValueError, match="max_tokens is 0"):
+        SparsifyConfig(max_tokens=0)
 
 
 def test_help_imports_no_torch():

@@ -54,7 +54,11 @@ def test_a_killed_run_never_looks_finished_and_resumes_to_the_same_model(tmp_pat
     assert not out.exists()
     assert main([*command(tmp_path, "out"), "--resume"]) == 0
     assert not run.exists()
-    for name in ("model.safetensors", "masks.safetensors", "adapter/adapter_model.safetensors"):
+    for name in (
+        "model.safetensors",
+        "maskprune/masks.safetensors",
+        "maskprune/adapter/adapter_model.safetensors",
+    ):
         # Not the files' bytes: safetensors writes a header's entries in any order.
         ours, theirs = load_file(out / name), load_file(tmp_path / "whole" / name)
         assert ours.keys() == theirs.keys()

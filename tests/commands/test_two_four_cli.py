@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints_on_disk import write_checkpoint, write_text
+from checkpoints_on_disk import strange_tensors, write_checkpoint, write_text
 
 from maskprune.cli import main
 from maskprune.two_four.patterns import is_two_four, load_masks, oriented, prunable
@@ -49,18 +49,21 @@ def test_it_writes_a_stock_checkpoint_its_masks_and_its_record(learned):
     model = load(learned)
     assert all(is_two_four(oriented(m)) for m in prunable(model).values())
     assert len(AutoTokenizer.from_pretrained(learned)("w1 w2").input_ids) == 2
-    record = json.loads((learned / "maskprune.json").read_text())
+    record = json.loads((learned / "maskprune/maskprune.json").read_text())
     assert record["format"] == "maskprune-two-four" and record["steps"] == 20
     assert record["settings"]["prior"] == "wanda" and "torch" in record["versions"]
     assert record["logits_masked_against_exported"]["largest"] == 0
-    rows = [json.loads(line) for line in (learned / "trace.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (learned / "maskprune/trace.jsonl").read_text().splitlines()
+    ]
     assert [row["step"] for row in rows] == [1, 5, 10, 15, 20]
-    masks, metadata = load_masks(learned / "two_four.safetensors")
+    masks, metadata = load_masks(learned / "maskprune/two_four.safetensors")
     for name, module in prunable(model).items():
         W = oriented(module)
         assert torch.equal(W.masked_fill(~masks[name], 0.0), W)
     assert metadata["method"] == "maskllm"
     assert not (learned.parent / "learned.run").exists()
+    assert strange_tensors(learned) == set()
     card = (learned / "README.md").read_text()
     assert "2-4-sparsity" in card and "two of every four" in card and "whole heads" not in card
 
@@ -77,19 +80,19 @@ def test_the_report_shows_how_the_masks_settle(learned, place, tmp_path):
 
 
 def test_others_apply_the_masks_file_to_their_own_copy(learned, place, capsys):
-    file = str(learned / "two_four.safetensors")
     out = place / "applied"
-    assert main(["sparsify", str(place / "model"), "-o", str(out), "--masks", file]) == 0
+    masks = ["--masks", str(learned)]
+    assert main(["sparsify", str(place / "model"), "-o", str(out), *masks]) == 0
     ours, theirs = load(learned).state_dict(), load(out).state_dict()
     assert all(torch.equal(ours[n], theirs[n]) for n in ours)
-    assert json.loads((out / "maskprune.json").read_text())["method"] == "maskllm"
+    assert json.loads((out / "maskprune/maskprune.json").read_text())["method"] == "maskllm"
 
 
 def test_masks_go_on_to_another_run_as_its_prior(learned, place, tmp_path):
-    file = str(learned / "two_four.safetensors")
+    file = str(learned / "maskprune/two_four.safetensors")
     assert sparsify(place, tmp_path / "next", "--prior", file, "--learning-rate", "1e-9") == 0
     before, _ = load_masks(file)
-    after, _ = load_masks(tmp_path / "next" / "two_four.safetensors")
+    after, _ = load_masks(tmp_path / "next" / "maskprune/two_four.safetensors")
     same = torch.cat([(before[n] == after[n]).flatten() for n in before])
     assert float(same.double().mean()) > 0.9
 
@@ -100,9 +103,9 @@ def test_one_shot_methods_write_the_same_kind_of_folder(method, place, tmp_path)
     assert sparsify(place, tmp_path / "out", "--method", method, *more) == 0
     model = load(tmp_path / "out")
     assert all(is_two_four(oriented(m)) for m in prunable(model).values())
-    record = json.loads((tmp_path / "out" / "maskprune.json").read_text())
+    record = json.loads((tmp_path / "out" / "maskprune/maskprune.json").read_text())
     assert record["method"] == method and record["steps"] == 0
-    assert not (tmp_path / "out" / "trace.jsonl").exists()
+    assert not (tmp_path / "out" / "maskprune/trace.jsonl").exists()
 
 
 def test_check_sees_the_pattern_and_proves_it(learned, place, capsys):
@@ -110,7 +113,7 @@ def test_check_sees_the_pattern_and_proves_it(learned, place, capsys):
     assert "2:4 in every linear of its blocks" in capsys.readouterr().out
     main(["check", str(place / "model")])
     assert "2:4" not in capsys.readouterr().out
-    file = str(learned / "two_four.safetensors")
+    file = str(learned / "maskprune/two_four.safetensors")
     against = ["--against", str(place / "model"), "--masks", file]
     assert main(["check", str(learned), *against]) == 0
     assert "equals the masked model" in capsys.readouterr().out
@@ -141,8 +144,8 @@ def test_a_run_goes_on_with_resume(place, tmp_path, monkeypatch, capsys):
     assert "data " in capsys.readouterr().err
     assert sparsify(place, tmp_path / "out", "--resume") == 0
     assert sparsify(place, tmp_path / "whole") == 0
-    a, _ = load_masks(tmp_path / "out" / "two_four.safetensors")
-    b, _ = load_masks(tmp_path / "whole" / "two_four.safetensors")
+    a, _ = load_masks(tmp_path / "out" / "maskprune/two_four.safetensors")
+    b, _ = load_masks(tmp_path / "whole" / "maskprune/two_four.safetensors")
     assert all(torch.equal(a[n], b[n]) for n in b)
 
 
@@ -164,7 +167,7 @@ def test_what_cannot_work_is_one_line_and_leaves_nothing(more, said, place, tmp_
 
 def test_bad_input_found_late_leaves_no_run_behind(learned, place, tmp_path, capsys):
     other = write_checkpoint(tmp_path / "other", intermediate_size=48)
-    file, data = learned / "two_four.safetensors", place / "text.jsonl"
+    file, data = learned / "maskprune/two_four.safetensors", place / "text.jsonl"
     more = ["-o", str(tmp_path / "out"), *LEARN, "--data", str(data), "--prior", str(file)]
     assert main(["sparsify", str(other), *more]) == 2
     assert "use masks that were made on this model" in capsys.readouterr().err
@@ -184,7 +187,7 @@ def test_a_folder_of_somebody_else_is_not_taken_for_a_run(place, tmp_path, capsy
 def test_magnitude_needs_no_text(place, tmp_path):
     out = tmp_path / "out"
     assert main(["sparsify", str(place / "model"), "-o", str(out), "--method", "magnitude"]) == 0
-    assert json.loads((out / "maskprune.json").read_text())["data"] is None
+    assert json.loads((out / "maskprune/maskprune.json").read_text())["data"] is None
 
 
 def test_an_output_folder_that_exists_is_refused_before_any_work(learned, place, capsys):

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from models import tiny_model
+from safetensors import safe_open
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 WORDS = [f"w{i}" for i in range(60)]
 
@@ -30,6 +31,17 @@ def write_checkpoint(folder: Path, family: str = "llama", **changes: Any) -> Pat
         unk_token="<unk>",
     ).save_pretrained(folder)
     return folder
+
+
+def strange_tensors(folder: Path) -> set[str]:
+    """Tensors in the safetensors files at the top of `folder` that are not the model's."""
+    own = set(AutoModelForCausalLM.from_pretrained(folder).state_dict())
+    found: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            found |= set(tensors.keys())
+    assert found
+    return found - own
 
 
 def write_text(path: Path, documents: int = 60) -> Path:
