@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -146,7 +148,7 @@ def prune(argv: Sequence[str]) -> int:
 
     return_freed_memory()
 
-    print(
+    _tell(
         run_prune(
             files.model,
             Path(files.output or "."),
@@ -174,7 +176,7 @@ def sparsify(argv: Sequence[str]) -> int:
 
     return_freed_memory()
 
-    print(
+    _tell(
         run_sparsify(
             files.model,
             Path(files.output),
@@ -239,6 +241,25 @@ def report(argv: Sequence[str]) -> int:
     return 0
 
 
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _tell(text: str) -> None:
+    """Print what a command says, once of all processes."""
+    if _processes() == 1 or os.environ.get("RANK", "0") == "0":
+        print(text)
+
+
+def _together() -> contextlib.AbstractContextManager[None]:
+    """Under torchrun one process tells an error, and all end; torch is not loaded for less."""
+    if _processes() == 1:
+        return contextlib.nullcontext()
+    from maskprune.training.distributed import session
+
+    return session()
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "info": info,
     "plan": plan,
@@ -265,7 +286,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"maskprune: no command {name!r}; expected {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     try:
-        return COMMANDS[name](rest)
+        with _together():
+            return COMMANDS[name](rest)
     except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
         known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
         if isinstance(error, RuntimeError) and type(error) is not RuntimeError and not known:

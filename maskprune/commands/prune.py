@@ -26,6 +26,7 @@ from maskprune.hf.shape import shape_of
 from maskprune.structured.budget import Budget
 from maskprune.structured.plan import cost, lint, plan, render
 from maskprune.training.data import token_blocks
+from maskprune.training.distributed import on_first, rank, start
 
 
 def make_budget(config: Any, settings: PruneConfig) -> Budget:
@@ -52,22 +53,25 @@ def run_prune(
     dry_run: bool = False,
     max_shard_size: str = "5GB",
 ) -> str:
-    """`maskprune prune`; returns what to tell the user.
+    """`maskprune prune`; returns what to tell the user, and nothing on ranks other than 0.
 
     Raises:
         ValueError: anything that cannot work, before anything is written.
     """
-    config = read_config(name)
+    start(settings.device)
+    config = on_first(lambda: read_config(name))
     budget = make_budget(config, settings)
     made = plan(config, budget, settings.targets)
     if dry_run:
         return render(made)
     inputs = run_inputs(name, data, settings)
-    run = claim_run_folder(out, inputs, resume=resume, overwrite=overwrite)
+    run = on_first(lambda: claim_run_folder(out, inputs, resume=resume, overwrite=overwrite))
     source = training_text(name, data)
     model, tokenizer = load_to_train(name, settings.dtype, settings.device)
-    blocks = token_blocks(
-        source, tokenizer, settings.seq_len, num_tokens=settings.max_tokens, seed=settings.seed
+    blocks = on_first(
+        lambda: token_blocks(
+            source, tokenizer, settings.seq_len, num_tokens=settings.max_tokens, seed=settings.seed
+        )
     )
     # Imported late: it pulls in the whole training stack, which bad input should not wait for.
     from maskprune.structured.prune import prune
@@ -75,6 +79,8 @@ def run_prune(
     dense_generation = model.generation_config
     with open_run_folder(run, inputs):
         result = prune(model, tokenizer, blocks, settings, run_dir=run, resume=resume)
+    if rank() > 0:
+        return ""
     result.model.generation_config = dense_generation
     result.masks.source = str(name)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +26,7 @@ from maskprune.hf.families import family_of
 from maskprune.hf.load import load_model
 from maskprune.hf.model_card import model_card
 from maskprune.training.data import token_blocks
+from maskprune.training.distributed import on_first, rank, start
 from maskprune.two_four.patterns import apply_masks, load_masks, save_masks
 
 MASKS_FILE = "two_four.safetensors"
@@ -43,7 +43,7 @@ def run_sparsify(
     overwrite: bool = False,
     max_shard_size: str = "5GB",
 ) -> str:
-    """`maskprune sparsify`; returns what to tell the user.
+    """`maskprune sparsify`; returns what to tell the user, and nothing on ranks other than 0.
 
     Args:
         masks: a masks file to apply as it is, in place of choosing or learning any.
@@ -51,16 +51,15 @@ def run_sparsify(
     Raises:
         ValueError: anything that cannot work, before anything is written.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}; sparsify runs as one process on one "
-            "device; start it without torchrun"
-        )
-    family_of(read_config(name))
+    if masks is not None and rank() > 0:
+        return ""
     if masks is not None:
+        family_of(read_config(name))
         return _apply(name, out, masks, settings, overwrite, max_shard_size)
+    start(settings.device)
+    family_of(on_first(lambda: read_config(name)))
     inputs = run_inputs(name, data, settings)
-    run = claim_run_folder(out, inputs, resume=resume, overwrite=overwrite)
+    run = on_first(lambda: claim_run_folder(out, inputs, resume=resume, overwrite=overwrite))
     if settings.method == "maskllm" and settings.prior.endswith(".safetensors"):
         load_masks(settings.prior)
     model, tokenizer = load_to_train(name, settings.dtype, settings.device)
@@ -70,14 +69,18 @@ def run_sparsify(
         wanted = settings.max_tokens
         if settings.method != "maskllm":
             wanted = settings.calibration_blocks * settings.seq_len
-        blocks = token_blocks(
-            source, tokenizer, settings.seq_len, num_tokens=wanted, seed=settings.seed
+        blocks = on_first(
+            lambda: token_blocks(
+                source, tokenizer, settings.seq_len, num_tokens=wanted, seed=settings.seed
+            )
         )
     # Imported late: it pulls in the whole training stack, which bad input should not wait for.
     from maskprune.two_four.sparsify import sparsify
 
     with open_run_folder(run, inputs):
         result = sparsify(model, tokenizer, blocks, settings, run_dir=run, resume=resume)
+    if rank() > 0:
+        return ""
     text = None if source is None else str(source)
     record = _record(name, settings, text) | {"steps": result.steps}
     if result.difference is not None:
