@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -101,6 +102,13 @@ def train_and_resume(folder: Path, alone: Path) -> None:
 def train_on_four(folder: Path) -> None:
     torch.save(trained(prune_one(None, **WAYS["hidden"])), folder / f"found.{rank()}")
     dist.destroy_process_group()
+
+
+def script(folder: Path, path: Path, place: Path, arguments: list[str]) -> None:
+    """A Python file run on every rank, as torchrun runs it."""
+    os.chdir(place)
+    sys.argv = [str(path), *arguments]
+    runpy.run_path(str(path), run_name="__main__")
 
 
 def command(folder: Path, arguments: list[str]) -> None:

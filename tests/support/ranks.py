@@ -37,7 +37,7 @@ def launch(n: int, job: Callable[..., None], folder: Path, *args: Any) -> list[A
     return processes
 
 
-def wait(processes: list[Any], folder: Path, seconds: float = 240) -> list[int]:
+def wait(processes: list[Any], folder: Path, seconds: float = 400) -> list[int]:
     """The exit codes, once all have ended."""
     deadline = time.monotonic() + seconds
     for process in processes:
