@@ -129,10 +129,16 @@ def plan(argv: Sequence[str]) -> int:
     from maskprune.structured.plan import render
 
     config = read_config(settings.model)
-    options = dataclasses.asdict(settings)
-    targets = options.pop("targets")
-    options.pop("model")
-    print(render(make(config, Budget(config, **options), targets)))
+    if not settings.two_four:
+        asked = ("sparsity", "head_sparsity", "ffn_sparsity", "head_unit", "multiple_of")
+        options = {name: getattr(settings, name) for name in (*asked, "arch_fallback")}
+        print(render(make(config, Budget(config, **options), settings.targets)))
+    if settings.gpus is not None:
+        from maskprune.training.memory_plan import Load, render_memory
+
+        names = [f.name for f in dataclasses.fields(Load) if f.name != "computed"]
+        load = Load(**{name: getattr(settings, name) for name in names})
+        print(render_memory(config, load, settings.gpus, settings.gpu_memory))
     return 0
 
 

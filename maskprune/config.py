@@ -345,6 +345,23 @@ class PlanConfig:
     multiple_of: int | None = _setting(None, "FFN widths are multiples of it.")
     arch_fallback: str = _setting("mistral", "mistral, divisor or error.")
     targets: str | None = _setting(None, "Engines to lint for: vllm,gguf,awq128,fp8,tp=4.")
+    two_four: bool = _setting(False, "Plan the memory of `sparsify`, which changes no shape.")
+    gpus: int | None = _setting(None, "Also say what training takes on each of so many devices.")
+    gpu_memory: float = _setting(80.0, "GB of one device, with --gpus.")
+    batch_size: int = _setting(16, "With --gpus: sequences per step, over all devices.")
+    gradient_accumulation: int = _setting(1, "With --gpus: micro-batches per step.")
+    seq_len: int = _setting(512, "With --gpus: tokens per sequence.")
+    lora_r: int = _setting(8, "With --gpus: rank of the adapters.")
+    output_r: int = _setting(128, "With --gpus: rank of the adapters of W_O and W_down.")
+    gradient_checkpointing: bool = _setting(False, "With --gpus: trade time for memory.")
+
+    def __post_init__(self) -> None:
+        names = ("gpus", "batch_size", "gradient_accumulation", "seq_len", "lora_r", "output_r")
+        _require_least(self, **dict.fromkeys(names, 1))
+        _require_positive(self, "gpu_memory")
+        _require_whole_micro_batches(self)
+        if self.two_four and self.gpus is None:
+            raise ValueError("--two-four plans memory only; give --gpus N too")
 
 
 @dataclass(frozen=True)
