@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -135,7 +137,14 @@ def plan(argv: Sequence[str]) -> int:
     from maskprune.structured.plan import render
 
     config = read_config(settings.model)
-    print(render(make(config, Budget.of(config, settings), settings.targets)))
+    if not settings.two_four:
+        print(render(make(config, Budget.of(config, settings), settings.targets)))
+    if settings.gpus is not None:
+        from maskprune.training.memory_plan import Load, render_memory
+
+        names = [f.name for f in dataclasses.fields(Load) if f.name != "computed"]
+        load = Load(**{name: getattr(settings, name) for name in names})
+        print(render_memory(config, load, settings.gpus, settings.gpu_memory))
     return 0
 
 
@@ -153,9 +162,9 @@ def prune(argv: Sequence[str]) -> int:
     return_freed_memory()
 
     if files.dry_run:
-        print(render(plan_prune(files.model, settings)))
-    else:
-        print(run_prune(files, settings).summary)
+        _tell(render(plan_prune(files.model, settings)))
+    elif record := run_prune(files, settings):
+        _tell(record.summary)
     return 0
 
 
@@ -178,7 +187,8 @@ def sparsify(argv: Sequence[str]) -> int:
 
     return_freed_memory()
 
-    print(run_sparsify(files, settings).summary)
+    if record := run_sparsify(files, settings):
+        _tell(record.summary)
     return 0
 
 
@@ -232,6 +242,25 @@ def report(argv: Sequence[str]) -> int:
     return 0
 
 
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _tell(text: str) -> None:
+    """Print what a command says, once of all processes."""
+    if _processes() == 1 or os.environ.get("RANK", "0") == "0":
+        print(text)
+
+
+def _together() -> contextlib.AbstractContextManager[None]:
+    """Under torchrun one process tells an error, and all end; torch is not loaded for less."""
+    if _processes() == 1:
+        return contextlib.nullcontext()
+    from maskprune.training.distributed import session
+
+    return session()
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "info": info,
     "plan": plan,
@@ -258,7 +287,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"maskprune: no command {name!r}; expected {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     try:
-        return COMMANDS[name](rest)
+        with _together():
+            return COMMANDS[name](rest)
     except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
         known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
         if isinstance(error, RuntimeError) and type(error) is not RuntimeError and not known:

@@ -36,6 +36,14 @@ def _require_positive(config: Any, *names: str) -> None:
             raise ValueError(f"{name} is {value}; expected a number above 0")
 
 
+def _require_whole_micro_batches(config: Any) -> None:
+    if config.batch_size % config.gradient_accumulation:
+        raise ValueError(
+            f"gradient_accumulation {config.gradient_accumulation} does not divide batch_size "
+            f"{config.batch_size}"
+        )
+
+
 @dataclass(frozen=True)
 class BudgetConfig:
     """Which shapes are asked for; `Budget` says which of the values are legal."""
@@ -99,11 +107,7 @@ class RunConfig:
             logging_steps=1,
         )
         _require_positive(self, "epochs")
-        if self.batch_size % self.gradient_accumulation:
-            raise ValueError(
-                f"gradient_accumulation {self.gradient_accumulation} does not divide batch_size "
-                f"{self.batch_size}"
-            )
+        _require_whole_micro_batches(self)
 
 
 @dataclass(frozen=True)
@@ -326,6 +330,24 @@ class _Planned:
 @dataclass(frozen=True)
 class PlanConfig(BudgetConfig, _Planned):
     """What `maskprune plan` lays out, from config.json alone."""
+
+    two_four: bool = _setting(False, "Plan the memory of `sparsify`, which changes no shape.")
+    gpus: int | None = _setting(None, "Also say what training takes on each of so many devices.")
+    gpu_memory: float = _setting(80.0, "GB of one device, with --gpus.")
+    batch_size: int = _setting(16, "With --gpus: sequences per step, over all devices.")
+    gradient_accumulation: int = _setting(1, "With --gpus: micro-batches per step.")
+    seq_len: int = _setting(512, "With --gpus: tokens per sequence.")
+    lora_r: int = _setting(8, "With --gpus: rank of the adapters.")
+    output_r: int = _setting(128, "With --gpus: rank of the adapters of W_O and W_down.")
+    gradient_checkpointing: bool = _setting(False, "With --gpus: trade time for memory.")
+
+    def __post_init__(self) -> None:
+        names = ("gpus", "batch_size", "gradient_accumulation", "seq_len", "lora_r", "output_r")
+        _require_least(self, **dict.fromkeys(names, 1))
+        _require_positive(self, "gpu_memory")
+        _require_whole_micro_batches(self)
+        if self.two_four and self.gpus is None:
+            raise ValueError("--two-four plans memory only; give --gpus N too")
 
 
 @dataclass(frozen=True)

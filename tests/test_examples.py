@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from checkpoints_on_disk import WORDS, write_checkpoint
+from rank_jobs import script
+from ranks import run_ranks
 
 from maskprune.two_four import is_two_four, oriented, prunable
 
@@ -26,9 +28,13 @@ def test_the_example_runs_and_its_result_loads(example, tmp_path):
         intermediate_size=96,
     )
     (tmp_path / "text.txt").write_text(" ".join(WORDS * 40))
-    command = [sys.executable, str(example), "model", "text.txt", "out", "24"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    arguments = ["model", "text.txt", "out", "24"]
+    if example.stem == "ddp_loop":
+        run_ranks(2, script, tmp_path / "ranks", example, tmp_path, arguments)
+    else:
+        command = [sys.executable, str(example), *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     if example.stem == "two_four_loop":
         assert all(is_two_four(oriented(module)) for module in prunable(small).values())

@@ -29,6 +29,7 @@ ROOMS = {
 }
 TOP = {
     "__init__": {*ROOMS, "config", "version"},
+    "__main__": {"cli"},
     "cli": {*ROOMS, "config", "version"},
     "config": set(),
     "files": set(),

@@ -121,6 +121,7 @@ def demonstrate(out: Path, steps: int, seed: int = 0) -> RunRecord:
     started = time.monotonic()
     files = PruneFiles(model=MODEL_NAME, output=str(out), overwrite=True)
     record = run_prune(files, settings(steps, seed))
+    assert record is not None, "the demo runs as one process"
 
     _, held_out = demo_text()
     dense, tokenizer = load_model(MODEL_NAME, dtype="float32", device="cpu")

@@ -23,6 +23,7 @@ from maskprune.structured.budget import Budget
 from maskprune.structured.masks import MASKS_FILE
 from maskprune.structured.plan import Plan, cost, lint, plan
 from maskprune.training.data import token_blocks
+from maskprune.training.distributed import on_first, rank, start
 
 
 def plan_prune(name: str, settings: PruneConfig) -> Plan:
@@ -31,27 +32,37 @@ def plan_prune(name: str, settings: PruneConfig) -> Plan:
     return plan(config, Budget.of(config, settings), settings.targets)
 
 
-def run_prune(files: PruneFiles, settings: PruneConfig) -> RunRecord:
+def run_prune(files: PruneFiles, settings: PruneConfig) -> RunRecord | None:
     """`maskprune prune`: writes the folder `files.output`, gives back what its record holds.
+
+    Returns:
+        RunRecord; None on ranks other than 0, which write nothing.
 
     Raises:
         ValueError: anything that cannot work, before anything is written.
     """
+    start(settings.device)
     name, out = files.model, Path(str(files.output))
-    plan_prune(name, settings)
+    on_first(lambda: plan_prune(name, settings))
     inputs = run_inputs(name, files.data, settings)
-    run = claim_run_folder(out, inputs, resume=files.resume, overwrite=files.overwrite)
+    run = on_first(
+        lambda: claim_run_folder(out, inputs, resume=files.resume, overwrite=files.overwrite)
+    )
     source, data = training_text(name, files.data)
     model, tokenizer = load_to_train(name, settings.dtype, settings.device)
     dense_config, dense_generation = copy.deepcopy(model.config), model.generation_config
-    blocks = token_blocks(
-        source, tokenizer, settings.seq_len, num_tokens=settings.max_tokens, seed=settings.seed
+    blocks = on_first(
+        lambda: token_blocks(
+            source, tokenizer, settings.seq_len, num_tokens=settings.max_tokens, seed=settings.seed
+        )
     )
     # Imported late: it pulls in the whole training stack, which bad input should not wait for.
     from maskprune.structured.prune import prune
 
     with open_run_folder(run, inputs):
         result = prune(model, tokenizer, blocks, settings, run_dir=run, resume=files.resume)
+    if rank() > 0:
+        return None
     result.model.generation_config = dense_generation
     result.masks.source = name
 

@@ -16,6 +16,7 @@ from maskprune.files import require_new_folder, write_json
 from maskprune.hf.demo_model import MODEL_NAME, TEXT_NAME, demo_text
 from maskprune.hf.load import load_model, resolve_model
 from maskprune.training.data import Source
+from maskprune.training.distributed import rank
 
 C4 = "allenai/c4:en:train"
 INPUTS_FILE = "settings.json"
@@ -79,7 +80,13 @@ def run_inputs(name: str, data: str | None, settings: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def open_run_folder(run: Path, inputs: dict[str, Any]) -> Iterator[None]:
-    """Make the run folder and note the inputs in it; bad input leaves none without checkpoints."""
+    """Make the run folder and note the inputs in it; bad input leaves none without checkpoints.
+
+    Of several processes, rank 0 does.
+    """
+    if rank() > 0:
+        yield
+        return
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / INPUTS_FILE, inputs)
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -23,27 +22,32 @@ from maskprune.files import OWN_FOLDER, new_folder, require_new_folder
 from maskprune.hf.families import family_of
 from maskprune.hf.load import load_model
 from maskprune.training.data import token_blocks
+from maskprune.training.distributed import on_first, rank, start
 from maskprune.two_four.one_shot import METHODS
 from maskprune.two_four.patterns import MASKS_FILE, apply_masks, load_masks, save_masks
 
 
-def run_sparsify(files: SparsifyFiles, settings: SparsifyConfig) -> RunRecord:
+def run_sparsify(files: SparsifyFiles, settings: SparsifyConfig) -> RunRecord | None:
     """`maskprune sparsify`: writes the folder `files.output`, gives back what its record holds.
+
+    Returns:
+        RunRecord; None on ranks other than 0, which write nothing.
 
     Raises:
         ValueError: anything that cannot work, before anything is written.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}; sparsify runs as one process on one "
-            "device; start it without torchrun"
-        )
     name, out = files.model, Path(str(files.output))
-    family_of(read_config(name))
     if files.masks is not None:
+        if rank() > 0:
+            return None
+        family_of(read_config(name))
         return _apply(files, files.masks, settings)
+    start(settings.device)
+    family_of(on_first(lambda: read_config(name)))
     inputs = run_inputs(name, files.data, settings)
-    run = claim_run_folder(out, inputs, resume=files.resume, overwrite=files.overwrite)
+    run = on_first(
+        lambda: claim_run_folder(out, inputs, resume=files.resume, overwrite=files.overwrite)
+    )
     if settings.method == "maskllm" and settings.prior not in (*METHODS, "none"):
         load_masks(settings.prior)
     model, tokenizer = load_to_train(name, settings.dtype, settings.device)
@@ -53,14 +57,18 @@ def run_sparsify(files: SparsifyFiles, settings: SparsifyConfig) -> RunRecord:
         wanted = settings.max_tokens
         if settings.method != "maskllm":
             wanted = settings.calibration_blocks * settings.seq_len
-        blocks = token_blocks(
-            source, tokenizer, settings.seq_len, num_tokens=wanted, seed=settings.seed
+        blocks = on_first(
+            lambda: token_blocks(
+                source, tokenizer, settings.seq_len, num_tokens=wanted, seed=settings.seed
+            )
         )
     # Imported late: it pulls in the whole training stack, which bad input should not wait for.
     from maskprune.two_four.sparsify import sparsify
 
     with open_run_folder(run, inputs):
         result = sparsify(model, tokenizer, blocks, settings, run_dir=run, resume=files.resume)
+    if rank() > 0:
+        return None
     ids = proof_tokens(result.model, blocks)
     record = RunRecord(
         format="maskprune-two-four",

@@ -20,6 +20,7 @@ from maskprune.structured.cuts import query_head_mask
 from maskprune.structured.distill import teacher_mode
 from maskprune.structured.masks import Masks
 from maskprune.structured.saliency import Observer, batches
+from maskprune.training.distributed import sum_shares, world_size
 from maskprune.training.progress import Report
 
 Place = tuple[str, int]
@@ -67,6 +68,8 @@ def low_rank_compensation(
     energy, U = torch.linalg.eigh(D @ H_K @ D.T)
     found = energy > torch.finfo(H.dtype).eps * len(energy) * energy.max()
     U = U[:, found].flip(1)[:, :rank]
+    # Which of U and -U comes out hangs on the last bit, and on how many ranks summed H.
+    U = U * U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
     part = U.T @ D
     norm = part.norm(dim=1).sqrt()
     A = W.new_zeros(U.shape[1], W.shape[1])
@@ -134,6 +137,7 @@ def compensate(
     for number, places in enumerate(groups):
         parts = batches(blocks, progress, number, len(groups))
         grams = _grams(model, masks, places, parts)
+        sum_shares(blocks, *(grams[place] for place in places))
         for place in places:
             changed += _start(modules[place], grams.pop(place), channels[place], family.transposed)
     return changed
@@ -200,7 +204,7 @@ def _start(
             A, B = low_rank_compensation(weight.T if transposed else weight, H, m, a.shape[0])
             a[: A.shape[0]] = A
             b[:, : A.shape[0]] = B / module.scaling[name]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if world_size() > 1:
             # Every rank must go on from the same bits.
             for p in (a, b):
                 torch.distributed.broadcast(p, 0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,20 @@ from maskprune.hf.shape import Shape
 from maskprune.structured.budget import Budget
 from maskprune.structured.callbacks import CompensationCallback, PruneCallback
 from maskprune.structured.compensation import compensate
-from maskprune.structured.distill import distill
+from maskprune.structured.distill import DistillLoss, distill
 from maskprune.structured.export import export
 from maskprune.structured.masks import Masks, attach_masks
 from maskprune.structured.minimax import Minimax
 from maskprune.structured.saliency import one_shot, warm_start
-from maskprune.training.checkpoints import latest, load_solver, mark_complete, save_solver
+from maskprune.training.checkpoints import (
+    load_solver,
+    mark_complete,
+    open_run,
+    save_solver,
+    temporary_folder,
+)
 from maskprune.training.data import block_order
+from maskprune.training.distributed import as_forward, barrier, on_first, rank
 from maskprune.training.progress import note, reporting
 from maskprune.training.trace import TraceCallback
 from maskprune.training.trainer import (
@@ -36,6 +42,7 @@ from maskprune.training.trainer import (
     BlockTrainer,
     as_blocks,
     checkpoint_activations,
+    join_run,
     quiet_trainer,
     require_trainable_dtype,
     total_steps,
@@ -112,13 +119,15 @@ class PruneTrainer(BlockTrainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        loss = distill(
-            self.accelerator.unwrap_model(model) if self.config.alpha else model,
-            self.masks,
-            inputs["input_ids"],
-            alpha=self.config.alpha,
-            kl_direction=self.config.kl_direction,
-        )
+        core: Any = self.model
+
+        def forward(ids: torch.Tensor) -> DistillLoss:
+            config = self.config
+            return distill(
+                core, self.masks, ids, alpha=config.alpha, kl_direction=config.kl_direction
+            )
+
+        loss = as_forward(model, core, forward, inputs["input_ids"])
         self.last_loss = {
             "loss": loss.total.detach(),
             "kl": loss.kl.detach(),
@@ -147,6 +156,7 @@ class PruneTrainer(BlockTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.require_finite()
         super()._save_checkpoint(model, trial)
+        barrier()
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         if self.is_world_process_zero():
             save_solver(folder, dict(self.masks.named_parameters()), self.solver.state_dict())
@@ -197,6 +207,8 @@ def prune(
     if hasattr(model, "get_base_model") or adapted_layers(core):
         raise ValueError("the model has adapters already; merge them first: merge_and_unload()")
     require_trainable_dtype(core)
+    join_run(config, core)
+    quiet = quiet or rank() > 0
     budget = Budget.of(core, config)
     blocks = as_blocks(data, tokenizer, config)
     steps = total_steps(config, len(blocks))
@@ -244,12 +256,13 @@ def prune(
 
     with contextlib.ExitStack() as stack:
         if run_dir is None:
-            run_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="maskprune-"))
+            run_dir = stack.enter_context(temporary_folder())
         run = Path(run_dir)
-        run.mkdir(parents=True, exist_ok=True)
-        checkpoint = latest(run) if resume else None
+        checkpoint = on_first(lambda: open_run(run, resume))
         learned = config.method == "maskprune"
         masks.requires_grad_(learned)
+        # A family that keeps its heads has no head masks, and DDP waits for no gradient of them.
+        masks.head.requires_grad_(learned and masks.head.numel() > 0)
         sample = blocks[: config.warm_start_blocks].to(device)
 
         def computing() -> torch.autocast:

@@ -16,6 +16,7 @@ from torch.nn import functional
 from maskprune.hf.families import FAMILIES, attention_output, ffn_output, layers_of, stock_model
 from maskprune.structured.budget import Budget, Split
 from maskprune.structured.masks import Masks
+from maskprune.training.distributed import own_share, sum_shares
 from maskprune.training.progress import Report
 
 WARM_STARTS = ("none", "wanda-sp", "taylor")
@@ -67,8 +68,8 @@ TOKENS_AT_ONCE = 512
 def batches(
     blocks: torch.Tensor, progress: Report | None = None, earlier: int = 0, passes: int = 1
 ) -> Iterator[torch.Tensor]:
-    """`blocks` (n, T) in parts of about `TOKENS_AT_ONCE` tokens, after `earlier` of `passes`."""
-    parts = blocks.split(max(1, TOKENS_AT_ONCE // blocks.shape[1]))
+    """This rank's share of `blocks` (n, T), about `TOKENS_AT_ONCE` tokens at once."""
+    parts = own_share(blocks).split(max(1, TOKENS_AT_ONCE // blocks.shape[1]))
     for done, ids in enumerate(parts, start=1 + earlier * len(parts)):
         yield ids
         if progress is not None:
@@ -146,6 +147,7 @@ def taylor(
         model.train(training)
         for p in frozen:
             p.requires_grad_(True)
+    sum_shares(blocks, head, ffn)
     return head, ffn
 
 
@@ -176,6 +178,7 @@ def wanda_sp(
                 model(input_ids=ids, use_cache=False, logits_to_keep=1)
     finally:
         model.train(training)
+    sum_shares(blocks, *squares.values())
     head = torch.zeros(shape.layers, shape.heads, device=blocks.device)
     ffn = torch.zeros(shape.layers, shape.ffn, device=blocks.device)
     for index, layer in enumerate(layers_of(model)):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from maskprune.files import sync, write_json
+from maskprune.training.distributed import on_first, rank
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +65,22 @@ def is_complete(folder: Path) -> bool:
         (folder / name).is_file() and (folder / name).stat().st_size == size
         for name, size in sizes.items()
     )
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder for the time of the context, one for all ranks."""
+    with contextlib.ExitStack() as stack:
+        folder = tempfile.TemporaryDirectory(prefix="maskprune-") if rank() == 0 else None
+        if folder is not None:
+            stack.enter_context(folder)
+        yield on_first(lambda: Path(folder.name if folder is not None else ""))
+
+
+def open_run(run: Path, resume: bool) -> Path | None:
+    """Make the folder of a run; the checkpoint from which to `resume`, if there is one."""
+    run.mkdir(parents=True, exist_ok=True)
+    return latest(run) if resume else None
 
 
 def latest(run: Path) -> Path | None:

@@ -11,11 +11,14 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from maskprune.training.distributed import on_first, rank
 from maskprune.training.progress import Progress
 
 
 class TraceCallback(TrainerCallback):
     """Writes the trace and shows the progress; stops at a loss that is not finite.
+
+    Every rank has the rows; rank 0 writes them.
 
     Args:
         config: settings with `logging_steps`, `batch_size` and `seq_len`.
@@ -32,12 +35,18 @@ class TraceCallback(TrainerCallback):
         self.mark = (0, 0.0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
-        if self.path.is_file():
-            rows = [json.loads(line) for line in self.path.read_text().splitlines()]
-            self.rows = [row for row in rows if row["step"] <= state.global_step]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        self.rows = on_first(lambda: self._begin(state.global_step))
         self.progress = Progress(args.max_steps, state.global_step, self.quiet)
         self.mark = (state.global_step, time.monotonic())
+
+    def _begin(self, done: int) -> list[dict[str, Any]]:
+        """The rows up to step `done` of a resumed run; the file holds them alone."""
+        rows = []
+        if self.path.is_file():
+            rows = [json.loads(line) for line in self.path.read_text().splitlines()]
+            rows = [row for row in rows if row["step"] <= done]
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return rows
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         assert self.progress is not None
@@ -51,8 +60,9 @@ class TraceCallback(TrainerCallback):
             return
         row = self.row(done, kw["optimizer"])
         self.rows.append(row)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        if rank() == 0:
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
         self.progress.show(done, self.line(row))
 
     @contextlib.contextmanager

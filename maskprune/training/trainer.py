@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from maskprune.training.data import token_blocks
+from maskprune.training.distributed import mean, on_first, start, world_size
 from maskprune.training.speed import bfloat16_is_faster
 
 
@@ -50,7 +50,13 @@ class BlockTrainer(Trainer):
         return SequentialSampler(blocks)
 
     def require_finite(self) -> None:
-        """Raise on a NaN or infinite loss; synchronises with the device."""
+        """Raise on a NaN or infinite loss of any rank; synchronises with all and the device.
+
+        Leaves in `last_loss` the means over the ranks.
+        """
+        if self.last_loss:
+            means = mean(torch.stack([value.float() for value in self.last_loss.values()]))
+            self.last_loss = dict(zip(self.last_loss, means, strict=True))
         if self.last_loss and not torch.isfinite(self.last_loss["loss"]):
             raise FloatingPointError(
                 f"the loss is {self.last_loss['loss'].item()} at step {self.state.global_step};"
@@ -63,8 +69,10 @@ def as_blocks(data: Any, tokenizer: Any, config: Any) -> torch.Tensor:
     """(n, seq_len) int64 token blocks: `data` itself, or made of a text source by the settings."""
     if isinstance(data, torch.Tensor):
         return data
-    return token_blocks(
-        data, tokenizer, config.seq_len, num_tokens=config.max_tokens, seed=config.seed
+    return on_first(
+        lambda: token_blocks(
+            data, tokenizer, config.seq_len, num_tokens=config.max_tokens, seed=config.seed
+        )
     )
 
 
@@ -109,20 +117,34 @@ def use_autocast(config: Any, model: Any, device: torch.device) -> bool:
         return config.autocast == "bfloat16"
     if device.type != "cpu":
         return device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return bfloat16_is_faster(model.config.hidden_size, config.seq_len)
+    # Measured once: ranks that measured for themselves could differ.
+    return on_first(lambda: bfloat16_is_faster(model.config.hidden_size, config.seq_len))
+
+
+def join_run(config: Any, model: Any) -> None:
+    """Join the process group of a run that torchrun started; nothing for a single process.
+
+    Raises:
+        ValueError: a micro-batch that does not divide over the processes.
+    """
+    micro, world = config.batch_size // config.gradient_accumulation, world_size()
+    if micro % world:
+        raise ValueError(
+            f"batch_size {config.batch_size} in {config.gradient_accumulation} micro-batches is "
+            f"{micro} sequences each, which {world} processes do not divide; choose a batch_size "
+            f"that is a multiple of {config.gradient_accumulation * world}"
+        )
+    start(next(model.parameters()).device.type)
 
 
 def training_arguments(
     config: Any, run: Path, steps: int, device: torch.device, autocast: bool
 ) -> TrainingArguments:
     micro = config.batch_size // config.gradient_accumulation
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if micro % world:
-        raise ValueError(f"batch_size {micro} per micro-batch does not divide over {world} devices")
     arguments = TrainingArguments(
         output_dir=str(run),
         max_steps=steps,
-        per_device_train_batch_size=micro // world,
+        per_device_train_batch_size=micro // world_size(),
         gradient_accumulation_steps=config.gradient_accumulation,
         max_grad_norm=0.0,
         bf16=autocast,
@@ -133,10 +155,13 @@ def training_arguments(
         save_total_limit=2,
         logging_strategy="no",
         report_to=[],
+        log_level_replica="error",
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
         average_tokens_across_devices=False,
+        ddp_backend="gloo" if device.type == "cpu" and world_size() > 1 else None,
+        ddp_find_unused_parameters=False,
     )
     # A process that sees several GPUs would be given DataParallel, whose copies have no masks.
     arguments._n_gpu = min(arguments.n_gpu, 1)
@@ -146,10 +171,12 @@ def training_arguments(
 @contextlib.contextmanager
 def quiet_trainer() -> Iterator[None]:
     """Trainer's own notes about checkpoints would tear the progress bar."""
-    noisy = logging.getLogger("transformers.trainer")
-    before = noisy.level
-    noisy.setLevel(logging.ERROR)
+    noisy = [logging.getLogger(f"transformers.{name}") for name in ("trainer", "trainer_utils")]
+    before = [logger.level for logger in noisy]
     try:
+        for logger in noisy:
+            logger.setLevel(logging.ERROR)
         yield
     finally:
-        noisy.setLevel(before)
+        for logger, level in zip(noisy, before, strict=True):
+            logger.setLevel(level)

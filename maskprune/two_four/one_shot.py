@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from maskprune.hf.families import layers_of, stock_model
+from maskprune.training.distributed import own_share, sum_shares
 from maskprune.two_four.matrices import (
     full_float32,
     inverse_factor,
@@ -47,7 +48,8 @@ def one_shot_masks(
     Block by block, as both papers do: the inputs of all linears of a block are seen with the
     block's weights as they are, then all are pruned, and what the pruned block puts out is what
     the next one reads. Adapters that are active take part in the forward; the base layers are
-    pruned. Holds the hidden states of all tokens and the statistics of one block.
+    pruned. Under torch.distributed all ranks pass the same blocks, and each reads its share of
+    them. Holds the hidden states of all tokens and the statistics of one block.
 
     Args:
         model: transformers causal LM of a known family, or a PEFT model around one.
@@ -76,12 +78,12 @@ def one_shot_masks(
         return masks
     layers = layers_of(model)
     with _undisturbed(model):
-        hidden, calls = _first_inputs(model, layers, blocks)
+        hidden, calls = _first_inputs(model, layers, own_share(blocks))
         for index, layer in enumerate(layers):
             inside = set(layer.modules())
             own = {name: module for name, module in linears.items() if module in inside}
             run = _runner(layer, hidden, [calls[len(x)][index] for x in hidden])
-            groups = _statistics(own, run, gram=method == "sparsegpt")
+            groups = _statistics(own, run, blocks, method == "sparsegpt")
             with _restored(own, keep=update):
                 for names, total in groups:
                     masks |= _prune(method, {n: own[n] for n in names}, total, len(blocks), update)
@@ -129,9 +131,10 @@ def _prune(
 
 
 def _statistics(
-    linears: dict[str, nn.Module], run: Callable[[bool], None], gram: bool
+    linears: dict[str, nn.Module], run: Callable[[bool], None], blocks: torch.Tensor, gram: bool
 ) -> list[Group]:
-    """Sums over all tokens of what each linear reads, one sum for those that read one tensor."""
+    """Sums over all tokens, on every rank, of what each linear reads; one for those that read one
+    tensor."""
     owner: dict[str, str] = {}
     sums: dict[str, torch.Tensor] = {}
     last: tuple[Any, str] = (None, "")
@@ -166,6 +169,7 @@ def _statistics(
     groups: dict[str, list[str]] = {}
     for name in linears:
         groups.setdefault(owner[name], []).append(name)
+    sum_shares(blocks, *sums.values())
     for name, total in sums.items():
         if not bool((total.diagonal() if gram else total).isfinite().all()):
             raise FloatingPointError(

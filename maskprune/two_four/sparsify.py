@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,9 @@ from maskprune.hf.equality import (
     require_equal,
 )
 from maskprune.hf.head import head_of, last_hidden_states
-from maskprune.training.checkpoints import latest, mark_complete
+from maskprune.training.checkpoints import mark_complete, open_run, temporary_folder
 from maskprune.training.data import block_order
+from maskprune.training.distributed import as_forward, barrier, on_first, rank
 from maskprune.training.losses import hidden_cross_entropy, hidden_kl
 from maskprune.training.progress import note, reporting
 from maskprune.training.trace import TraceCallback
@@ -34,6 +34,7 @@ from maskprune.training.trainer import (
     BlockTrainer,
     as_blocks,
     checkpoint_activations,
+    join_run,
     quiet_trainer,
     require_trainable_dtype,
     total_steps,
@@ -112,29 +113,31 @@ class SparsifyTrainer(BlockTrainer):
         )
         micro = self.drawn[1] + 1 if self.drawn[0] == t else 0
         self.drawn = (t, micro)
-        sample = t * config.gradient_accumulation + micro
-        self.masks.draw(sample * self.args.world_size + self.args.process_index)
+        # One sample for all ranks: what the logits learn does not depend on how many there are.
+        self.masks.draw(t * config.gradient_accumulation + micro)
+        core: Any = self.model
 
-        ids = inputs["input_ids"]
-        if config.loss == "kl":
+        def forward(ids: torch.Tensor) -> torch.Tensor:
+            fit = self.fit(core, ids)
+            total, squares = self.masks.kept_norms()
+            kept = total / self.dense_norm
+            reward = squares if config.regulariser == "sum" else kept
+            self.last_loss = {"loss": fit.detach(), "kept_norm": kept.detach()}
+            return fit - self.reward * (1 - done) * reward
+
+        loss = as_forward(model, core, forward, inputs["input_ids"])
+        return (loss, {}) if return_outputs else loss
+
+    def fit(self, model: Any, ids: torch.Tensor) -> torch.Tensor:
+        """The loss on the text: language model or KL; 0-dim float32."""
+        if self.config.loss == "kl":
             training = model.training
             with torch.no_grad(), self.masks.seen_as("off"):
                 teacher = last_hidden_states(model.eval(), ids)
             model.train(training)
-            student = last_hidden_states(model, ids)
-            fit = hidden_kl(self.head, student, teacher)
-        else:
-            hidden = last_hidden_states(model, ids)[:, :-1]
-            fit = hidden_cross_entropy(self.head, hidden.flatten(0, 1), ids[:, 1:].flatten())
-        total, squares = self.masks.kept_norms()
-        kept = total / self.dense_norm
-        reward = squares if config.regulariser == "sum" else kept
-        loss = fit - self.reward * (1 - done) * reward
-        self.last_loss = {
-            "loss": fit.detach(),
-            "kept_norm": kept.detach(),
-        }
-        return (loss, {}) if return_outputs else loss
+            return hidden_kl(self.head, last_hidden_states(model, ids), teacher)
+        hidden = last_hidden_states(model, ids)[:, :-1]
+        return hidden_cross_entropy(self.head, hidden.flatten(0, 1), ids[:, 1:].flatten())
 
     def trace_row(self, optimizer: Any) -> dict[str, Any]:
         return self.masks.statistics() | {
@@ -156,6 +159,7 @@ class SparsifyTrainer(BlockTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.require_finite()
         super()._save_checkpoint(model, trial)
+        barrier()
         if self.is_world_process_zero():
             mark_complete(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
 
@@ -207,6 +211,8 @@ def sparsify(
     Source: MaskLLM, arXiv 2409.17481, sections 3.2 and 3.3; the rates are those of its code.
     """
     core: Any = model
+    join_run(config, core)
+    quiet = quiet or rank() > 0
     magnitude = config.method == "magnitude"
     blocks = torch.empty(0, config.seq_len) if magnitude else as_blocks(data, tokenizer, config)
     set_seed(config.seed)
@@ -238,10 +244,9 @@ def _learn(
     order = block_order(len(blocks), config.batch_size, steps, config.seed, seq_len=config.seq_len)
     with contextlib.ExitStack() as stack:
         if run_dir is None:
-            run_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="maskprune-"))
+            run_dir = stack.enter_context(temporary_folder())
         run = Path(run_dir)
-        run.mkdir(parents=True, exist_ok=True)
-        checkpoint = latest(run) if resume else None
+        checkpoint = on_first(lambda: open_run(run, resume))
         masks = attach_two_four(
             model,
             None if checkpoint else find_prior(model, sample, config, quiet),

@@ -1,0 +1,152 @@
+"""Bytes that training takes on each device, from config.json alone; the formulas of docs/scale.md.
+
+Legend: n devices, each with the whole model - T tokens of one device's micro-batch - c bytes of a
+computed number - d hidden size, q = H d_h, k = G d_h, F FFN width, V vocabulary, L layers - P
+parameters - A adapter parameters - S weights under 2:4 masks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from maskprune.hf.families import attention_output, family_of, ffn_output, layers_of
+from maskprune.hf.shape import shape_of
+
+# Of a device's memory; the rest is the context, the library's workspaces and what lies between.
+USABLE = 0.9
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is trained, and how: `--two-four` or adapters and masks, under which settings."""
+
+    two_four: bool = False
+    batch_size: int = 16
+    gradient_accumulation: int = 1
+    seq_len: int = 512
+    lora_r: int = 8
+    output_r: int = 128
+    gradient_checkpointing: bool = False
+    computed: int = 2
+
+
+def memory_parts(config: Any, load: Load, gpus: int) -> dict[str, int]:
+    """Bytes on each of `gpus` devices, by part; what every step holds at its fullest.
+
+    Args:
+        config: a transformers config of a known family; its dtype is that of the weights.
+
+    Raises:
+        ValueError: a micro-batch that the devices do not divide.
+    """
+    from transformers import AutoModelForCausalLM
+
+    micro = load.batch_size // load.gradient_accumulation
+    if micro % gpus:
+        raise ValueError(
+            f"{load.batch_size} sequences in {load.gradient_accumulation} micro-batches do not "
+            f"divide over {gpus} devices; choose a --batch-size that is a multiple of "
+            f"{load.gradient_accumulation * gpus}"
+        )
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config)
+    family, shape = family_of(config), shape_of(config)
+    dtype = getattr(config, "dtype", None) or torch.float32
+    size = (getattr(torch, dtype) if isinstance(dtype, str) else dtype).itemsize
+    T, c, d, F, L = (
+        micro // gpus * load.seq_len,
+        load.computed,
+        config.hidden_size,
+        shape.ffn,
+        shape.layers,
+    )
+    q, k, V = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, config.vocab_size
+    A = S = r_in = r_out = 0
+    for block in layers_of(model):
+        outputs = [ffn_output(block, family)]
+        if family.prunes_heads:
+            outputs.append(attention_output(block, family))
+        for module in block.modules():
+            weight: Any = getattr(module, "weight", None)
+            if weight is None or weight.dim() != 2:
+                continue
+            r = load.output_r if module in outputs else load.lora_r
+            A += r * sum(weight.shape)
+            S += weight.numel()
+            r_in, r_out = (r_in, r_out + r) if module in outputs else (r_in + r, r_out)
+    r_layer = (r_in + r_out) // L
+    trained = 6 * S // 4 if load.two_four else A
+    # Inputs of both norms (in float32), of the linears, of attention, of the FFN's product, masks.
+    if load.two_four:
+        layer = T * (2 * 4 * d + c * (2 * d + 3 * q + 2 * k + 4 * F)) + c * S // L
+    else:
+        layer = T * (2 * 4 * d + c * (2 * d + 4 * q + 2 * k + 5 * F + r_layer))
+    kept = layer + L * T * d * c if load.gradient_checkpointing else L * layer
+    masks = 0 if load.two_four else 16 * L * (shape.ffn + family.prunes_heads * shape.kv_heads)
+    return {
+        "weights": sum(p.numel() for p in model.parameters()) * size,
+        "logits of 2:4 masks" if load.two_four else "adapters": 4 * trained,
+        "their gradient": 4 * trained,
+        "their moments": 8 * trained,
+        "buckets that DDP sends": 4 * trained if gpus > 1 else 0,
+        "masks, gradient, moments": masks,
+        "activations": kept,
+        # Of the language model's loss or of the KL: logits, float32 log-softmax, gradient.
+        "logits of the vocabulary": T * V * (2 * c + 4) + (0 if load.two_four else T * V * c),
+    }
+
+
+def largest_micro_batch(config: Any, load: Load, gpus: int, room: float) -> int | None:
+    """Most sequences of a device's micro-batch that fit `room` bytes; None where not one does."""
+
+    def fits(n: int) -> bool:
+        one = replace(load, batch_size=n * gpus, gradient_accumulation=1)
+        return sum(memory_parts(config, one, gpus).values()) <= room
+
+    per_device = load.batch_size // gpus
+    return next((n for n in range(per_device, 0, -1) if per_device % n == 0 and fits(n)), None)
+
+
+def render_memory(config: Any, load: Load, gpus: int, gpu_memory: float) -> str:
+    """The parts as text, whether they fit, and what would.
+
+    Args:
+        gpu_memory: GB of one device.
+    """
+    parts, room = memory_parts(config, load, gpus), USABLE * gpu_memory * 1e9
+    total = sum(parts.values())
+    lines = [f"memory of each of {gpus} devices in training, GB"]
+    lines += [f"  {name:26}{value / 1e9:10.3f}" for name, value in parts.items()]
+    lines.append(f"  {'together':26}{total / 1e9:10.3f}")
+    lines.append(
+        f"{'fits' if total <= room else 'does not fit'} {gpu_memory:g} GB, of which "
+        f"{room / 1e9:.1f} are counted on; every device holds the whole model"
+    )
+    numbers = [n for n in range(1, load.batch_size + 1) if load.batch_size % n == 0]
+    least: int | None = None
+    for n in numbers:
+        most = largest_micro_batch(config, load, n, room)
+        if most is not None and least is None:
+            least = n
+            steps = load.batch_size // (n * most)
+            lines.append(
+                f"least number of devices: {n}, with --gradient-accumulation {steps} or more"
+            )
+            break
+    if total > room:
+        most = largest_micro_batch(config, load, gpus, room) if load.batch_size % gpus == 0 else 0
+        if most:
+            steps = load.batch_size // (gpus * most)
+            lines.append(f"on {gpus} devices it fits with --gradient-accumulation {steps}")
+        elif not load.gradient_checkpointing:
+            lines.append("try --gradient-checkpointing")
+    if least is None:
+        states = sum(v for n, v in parts.items() if n not in ("activations", *list(parts)[-1:]))
+        lines.append(
+            f"no number of devices is enough: what each must hold whatever the batch is "
+            f"{states / 1e9:.3g} GB, and one sequence more"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,119 @@
+"""What the ranks of the tests of several processes do; also run by one process, to compare."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from models import VOCAB, tiny_model
+
+from maskprune.cli import main
+from maskprune.config import PruneConfig, SparsifyConfig
+from maskprune.structured.prune import PruneResult, prune
+from maskprune.training.distributed import barrier, rank
+from maskprune.two_four.sparsify import SparsifyTrainer, sparsify
+
+COMMON: dict[str, Any] = dict(batch_size=4, seq_len=16, logging_steps=20, autocast="none")
+PRUNE = COMMON | dict(
+    sparsity=0.3, steps=40, warm_start_blocks=8, lora_r=2, output_r=4, multiple_of=4, save_steps=20
+)
+# The ways of pruning that are compared; the first has checkpoints to resume from.
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": dict(gradient_accumulation=2),
+    "hidden": dict(alpha=0.04),
+    "hidden-checkpointed": dict(alpha=0.04, gradient_checkpointing=True, warm_start="wanda-sp"),
+    "ffn-only": dict(family="gpt2", sparsity=0.15, steps=20),
+}
+SPARSIFY = COMMON | dict(steps=24, calibration_blocks=8, gradient_accumulation=2)
+
+
+def blocks() -> torch.Tensor:
+    return torch.randint(3, VOCAB, (24, 16), generator=torch.Generator().manual_seed(1))
+
+
+def prune_one(
+    run: Path | None, resume: bool = False, family: str = "llama", **changes: Any
+) -> PruneResult:
+    config = PruneConfig(**(PRUNE | changes))
+    model = tiny_model(family, num_hidden_layers=2)
+    return prune(model, None, blocks(), config, run_dir=run, resume=resume)
+
+
+def trained(result: PruneResult) -> dict[str, torch.Tensor]:
+    """Masks and adapters of a run."""
+    named = result.masked_model.named_parameters()
+    adapters = {name: p.detach().clone() for name, p in named if "lora_" in name}
+    return adapters | {"head": result.masks.head.detach(), "ffn": result.masks.ffn.detach()}
+
+
+def sparsify_one(method: str) -> dict[str, torch.Tensor]:
+    """The masks that a method chooses, and with maskllm the logits behind them."""
+    logits: dict[str, torch.Tensor] = {}
+    honest = SparsifyTrainer.train
+
+    def train(self: SparsifyTrainer, *args: Any, **kw: Any) -> Any:
+        done = honest(self, *args, **kw)
+        logits.update({f"logits {n}": p.detach() for n, p in self.masks.named_parameters().items()})
+        return done
+
+    SparsifyTrainer.train = train  # type: ignore[method-assign]
+    try:
+        config = SparsifyConfig(method=method, **SPARSIFY)
+        result = sparsify(tiny_model("llama", num_hidden_layers=2), None, blocks(), config)
+    finally:
+        SparsifyTrainer.train = honest  # type: ignore[method-assign]
+    return result.masks | logits
+
+
+def unfinished(run: Path, to: Path) -> Path:
+    """A copy of a run's folder from which its last checkpoint is gone."""
+    shutil.copytree(run, to)
+    shutil.rmtree(to / "checkpoint-40")
+    return to
+
+
+def train_all(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Every way of pruning, and of 2:4."""
+    found = {}
+    for name, way in WAYS.items():
+        found[name] = trained(prune_one(folder / "plain" if name == "plain" else None, **way))
+    return found | {method: sparsify_one(method) for method in ("maskllm", "sparsegpt", "wanda")}
+
+
+def train_and_resume(folder: Path, alone: Path) -> None:
+    """On two ranks: everything, and the runs of two ranks and of one gone on with by two."""
+    found = train_all(folder)
+    for name, source in (("2 to 2", folder / "plain"), ("1 to 2", alone)):
+        copy = folder / f"again from {source.parent.name}"
+        if rank() == 0:
+            unfinished(source, copy)
+        barrier()
+        found[name] = trained(prune_one(copy, resume=True, **WAYS["plain"]))
+    torch.save(found, folder / f"found.{rank()}")
+    dist.destroy_process_group()
+
+
+def train_on_four(folder: Path) -> None:
+    torch.save(trained(prune_one(None, **WAYS["hidden"])), folder / f"found.{rank()}")
+    dist.destroy_process_group()
+
+
+def script(folder: Path, path: Path, place: Path, arguments: list[str]) -> None:
+    """A Python file run on every rank, as torchrun runs it."""
+    os.chdir(place)
+    sys.argv = [str(path), *arguments]
+    runpy.run_path(str(path), run_name="__main__")
+
+
+def command(folder: Path, arguments: list[str]) -> None:
+    """A command line on every rank."""
+    code = main(arguments)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

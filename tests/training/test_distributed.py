@@ -1,0 +1,151 @@
+"""Runs of several processes: the same model as one process trains, written once, ended together."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from checkpoints_on_disk import write_checkpoint, write_text
+from rank_jobs import (
+    WAYS,
+    command,
+    prune_one,
+    train_all,
+    train_and_resume,
+    train_on_four,
+    trained,
+    unfinished,
+)
+from ranks import launch, run_ranks, said, wait
+
+from maskprune.cli import main
+
+# Largest difference of what one process and several train in 40 steps, by what it is.
+TOLERANCE = {"masks": 1e-6, "adapters": 1e-5, "logits": 1e-4}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """(folder, what one process trained, what each of two ranks did)."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "one").mkdir()
+    alone = train_all(folder / "one")
+    run_ranks(2, train_and_resume, folder / "two", folder / "one" / "plain")
+    ranks = [torch.load(folder / "two" / f"found.{r}") for r in range(2)]
+    return folder, alone, ranks
+
+
+def require_close(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        kind = "masks" if name in ("head", "ffn") else "adapters"
+        if value.dtype == torch.bool:
+            assert torch.equal(ours[name], value), name
+            continue
+        away = (ours[name] - value).abs().max().item() if value.numel() else 0.0
+        assert away <= TOLERANCE["logits" if name.startswith("logits") else kind], (name, away)
+
+
+def require_same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_all_ranks_end_with_the_same_bits(runs):
+    _, _, (first, second) = runs
+    assert first.keys() == second.keys()
+    for name in first:
+        require_same(first[name], second[name])
+
+
+@pytest.mark.parametrize("way", [*WAYS, "maskllm", "sparsegpt", "wanda"])
+def test_two_processes_train_what_one_does(runs, way):
+    _, alone, (first, _) = runs
+    require_close(first[way], alone[way])
+
+
+def test_a_run_goes_on_with_as_many_processes_to_the_bit(runs):
+    _, _, (first, _) = runs
+    require_same(first["2 to 2"], first["plain"])
+
+
+def test_a_run_goes_on_with_more_or_fewer_processes(runs):
+    folder, alone, (first, _) = runs
+    require_close(first["1 to 2"], alone["plain"])
+    run = unfinished(folder / "two" / "plain", folder / "one again")
+    require_close(trained(prune_one(run, resume=True, **WAYS["plain"])), alone["plain"])
+
+
+def test_progress_is_shown_by_one_rank(runs):
+    folder, _, _ = runs
+    assert "step 40/40" in said(folder / "two")
+    assert not (folder / "two" / "err.1").read_text()
+
+
+def test_four_processes_train_what_one_does(runs, tmp_path):
+    _, alone, _ = runs
+    run_ranks(4, train_on_four, tmp_path)
+    ranks = [torch.load(tmp_path / f"found.{r}") for r in range(4)]
+    for other in ranks:
+        require_same(other, ranks[0])
+    require_close(ranks[0], alone["hidden"])
+
+
+def arguments(place, *more):
+    settings = (
+        "--sparsity 0.3 --steps 40 --batch-size 2 --seq-len 16 --multiple_of 4 --lora-r 2 "
+        "--output-r 4 --warm-start-blocks 4 --autocast none --save-steps 10"
+    ).split()
+    paths = ["prune", str(place / "model"), "-o", str(place / "out")]
+    return [*paths, "--data", str(place / "text.jsonl"), *settings, *more]
+
+
+@pytest.fixture
+def place(tmp_path):
+    write_checkpoint(tmp_path / "model", num_hidden_layers=2)
+    write_text(tmp_path / "text.jsonl")
+    return tmp_path
+
+
+def test_a_killed_rank_ends_the_others_in_a_line_and_the_run_goes_on_to_one_output(place):
+    processes = launch(2, command, place / "first", arguments(place))
+    while not (place / "out.run" / "checkpoint-10" / "complete.json").exists():
+        assert processes[0].is_alive(), said(place / "first")
+        time.sleep(0.01)
+    processes[1].kill()
+    assert wait(processes, place / "first", seconds=60)[0] == 2
+    line = said(place / "first").splitlines()[-1]
+    assert line.startswith("maskprune prune: another process of this run is gone, so rank 0 of 2")
+    assert not (place / "out").exists()
+
+    codes = wait(launch(2, command, place / "again", arguments(place, "--resume")), place / "again")
+    assert codes == [0, 0], said(place / "again")
+    assert said(place / "again", "out").count("stock LlamaForCausalLM in") == 1
+    assert not (place / "again" / "out.1").read_text()
+    assert not (place / "again" / "err.1").read_text()
+    assert not (place / "out.run").exists() and main(["check", str(place / "out")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["--batch-size", "3"], "3 sequences each, which 2 processes do not divide"),
+        (["--sparsity", "7"], "expected a number between 0 and 1"),
+    ],
+)
+def test_bad_input_is_told_once_and_leaves_nothing(place, changes, told):
+    codes = wait(launch(2, command, place / "ranks", arguments(place, *changes)), place / "ranks")
+    assert codes == [2, 2]
+    lines = [line for line in said(place / "ranks").splitlines() if "maskprune" in line]
+    assert len(lines) == 1 and told in lines[0]
+    assert not list(place.glob("out*"))
+
+
+def test_python_m_maskprune_is_the_command_line():
+    done = subprocess.run(
+        [sys.executable, "-m", "maskprune", "--version"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.strip()

@@ -1,0 +1,119 @@
+"""The planned bytes are those that a model on this machine holds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from models import tiny_model
+from peft import LoraConfig, get_peft_model
+
+from maskprune.cli import main
+from maskprune.structured.masks import attach_masks
+from maskprune.training.memory_plan import Load, largest_micro_batch, memory_parts
+from maskprune.two_four import attach_two_four
+
+SIZES = dict(
+    hidden_size=64,
+    intermediate_size=192,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    head_dim=16,
+)
+
+
+def saved_bytes(model, run):
+    """Bytes that autograd keeps from `run()` for the backward, parameters not counted."""
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    found = {}
+
+    def pack(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        kept = run()
+    assert kept.requires_grad
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("two_four", [False, True])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_planned_bytes_are_those_that_training_holds(two_four, checkpointed):
+    model = tiny_model("llama", **SIZES).train()
+    base = model
+    if two_four:
+        masks = attach_two_four(model)
+        trained = masks.parameters()
+    else:
+        rank = {"o_proj": 32, "down_proj": 32}
+        settings = LoraConfig(
+            r=8, rank_pattern=rank, alpha_pattern=rank, target_modules="all-linear"
+        )
+        model = get_peft_model(model, settings)
+        masks = attach_masks(model)
+        trained = [p for n, p in model.named_parameters() if "lora_" in n]
+    load = Load(two_four=two_four, batch_size=4, seq_len=64, output_r=32, computed=4)
+    parts = memory_parts(base.config, load, 1)
+    weights = base.num_parameters() - sum(
+        p.numel() for n, p in base.named_parameters() if "lora_" in n or "maskprune" in n
+    )
+    if two_four:
+        weights -= sum(p.numel() for p in trained)
+    name = "logits of 2:4 masks" if two_four else "adapters"
+    assert parts["weights"] == 4 * weights
+    assert parts[name] == 4 * sum(p.numel() for p in trained)
+    assert parts["their moments"] == 2 * parts[name]
+    if not two_four:
+        held = 16 * sum(p.numel() for p in masks.parameters())
+        assert parts["masks, gradient, moments"] == held
+
+    planned, slack = parts["activations"], 0
+    if checkpointed:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+        layer = planned // SIZES["num_hidden_layers"]
+        planned = memory_parts(base.config, replace(load, gradient_checkpointing=True), 1)
+        # What stays between the blocks, while none is run again; and the final norm's two inputs.
+        planned, slack = planned["activations"] - layer, 2 * 4 * 64 * 4 * SIZES["hidden_size"]
+    ids = torch.randint(3, base.config.vocab_size, (4, 64))
+    # A frozen input would make checkpointing keep nothing.
+    embedded = base.get_input_embeddings()(ids).detach().requires_grad_()
+    decoder = base.get_decoder()
+    got = saved_bytes(
+        model, lambda: decoder(inputs_embeds=embedded, use_cache=False).last_hidden_state
+    )
+    assert 0.85 * got - slack <= planned <= 1.15 * got, planned / got
+
+
+def test_more_devices_share_the_activations_alone():
+    config = tiny_model("llama", **SIZES).config
+    one, four = (memory_parts(config, Load(), n) for n in (1, 4))
+    assert four["activations"] * 4 == one["activations"]
+    assert four["weights"] == one["weights"] and four["adapters"] == one["adapters"]
+    states = sum(v for k, v in one.items() if k not in ("activations", "logits of the vocabulary"))
+    assert largest_micro_batch(config, Load(), 1, states) is None
+    assert largest_micro_batch(config, Load(), 1, 1e12) == 16
+    with pytest.raises(ValueError, match="do not divide over 3 devices"):
+        memory_parts(config, Load(), 3)
+
+
+def test_plan_says_what_fits_and_what_would(tmp_path, capsys):
+    config = tiny_model("llama", **SIZES).config.to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    call = ["plan", str(tmp_path), "--sparsity", "0.3", "--multiple_of", "8", "--gpus", "2"]
+    assert main(call) == 0
+    said = capsys.readouterr().out
+    assert "memory of each of 2 devices" in said and "\nfits 80 GB" in said
+    assert "least number of devices: 1" in said
+    assert main([*call, "--gpu-memory", "0.03"]) == 0
+    said = capsys.readouterr().out
+    assert "does not fit 0.03 GB" in said and "on 2 devices it fits with" in said
+    call = ["plan", str(tmp_path), "--two-four", "--gpus", "2", "--gpu-memory", "0.001"]
+    assert main(call) == 0
+    assert "no number of devices is enough" in capsys.readouterr().out
+    assert main(["plan", str(tmp_path), "--two-four"]) == 2
+    assert "give --gpus N too" in capsys.readouterr().err
