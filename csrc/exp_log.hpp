@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-#include "elements.hpp"
+#include "dtypes.hpp"
 
-namespace maskprune::elementwise {
+namespace maskprune {
 
 // exp(x) for x <= 0 within 1 ulp; 0 where float has no normal number.
 MP_INLINE float exp_nonpositive(float x) {
@@ -29,7 +29,7 @@ MP_INLINE float exp_nonpositive(float x) {
 MP_INLINE float log_positive(float x) {
   const uint32_t half_root = 0x3F3504F3u;  // sqrt(1/2): the mantissa is kept within its octave
   const uint32_t above = bit_cast<uint32_t>(x) - half_root;
-  const float n = static_cast<float>(static_cast<int32_t>(above) >> 23);
+  const float n = float(int32_t(above) >> 23);
   const float r = bit_cast<float>((above & 0x007FFFFFu) + half_root) - 1.0f, rr = r * r;
   // In three parts: one chain of nine steps would keep the processor waiting.
   const float high = (7.0376836292e-2f * r - 1.1514610310e-1f) * r + 1.1676998740e-1f;
@@ -40,4 +40,4 @@ MP_INLINE float log_positive(float x) {
   return r + (p - 0.5f * rr) + n * 0.693359375f;
 }
 
-}  // namespace maskprune::elementwise
+}  // namespace maskprune

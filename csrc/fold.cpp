@@ -2,8 +2,10 @@
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
+#include <string>
 
 #include "fold.hpp"
+#include "threads.hpp"
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -12,18 +14,15 @@
 #include <omp.h>
 #endif
 
+namespace maskprune {
 namespace {
 
-// Below this many bytes a second thread costs more than it brings.
-constexpr std::int64_t kGrain = 1 << 18;
-
-// Fresh memory of this size costs more in page faults than the fold itself: ask for huge pages.
-void expect_huge_pages(void* out, std::int64_t bytes) {
+// Fresh memory can cost more in page faults than the fold itself: asks for huge pages.
+void expect_huge_pages(uintptr_t out, int64_t bytes) {
 #ifdef __linux__
-  constexpr std::uintptr_t page = 1 << 21;
-  const auto begin = reinterpret_cast<std::uintptr_t>(out);
-  const auto from = (begin + page - 1) / page * page;
-  const auto to = (begin + static_cast<std::uintptr_t>(bytes)) / page * page;
+  constexpr uintptr_t page = 1 << 21;
+  const uintptr_t from = (out + page - 1) / page * page;
+  const uintptr_t to = (out + uintptr_t(bytes)) / page * page;
   // A refusal changes the speed only.
   if (to > from) (void)madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
 #else
@@ -31,36 +30,13 @@ void expect_huge_pages(void* out, std::int64_t bytes) {
 #endif
 }
 
-int team_size(std::int64_t bytes, std::int64_t rows, int threads) {
-  const std::int64_t useful = std::min(bytes / kGrain + 1, std::max<std::int64_t>(rows, 1));
-  return static_cast<int>(std::clamp<std::int64_t>(threads, 1, useful));
-}
-
-// Rows handed out at a time: small enough that a thread which the machine holds up is waited for
-// by nobody.
-std::int64_t share_of(std::int64_t rows, int team) {
-  return std::max<std::int64_t>(1, rows / (16 * team));
-}
-
-}  // namespace
-
-// weight (rows, width), keep (kept,), scale (kept,) -> out (rows, kept); returns the threads used.
-int fold_columns(std::uintptr_t weight, std::int64_t rows, std::int64_t width, int dtype,
-                 std::uintptr_t keep, std::int64_t kept, std::uintptr_t scale, std::uintptr_t out,
-                 int threads, const std::string& isa_name) {
-  using namespace maskprune;
-  if (rows < 0 || width < 0 || kept < 0 || dtype < 0 || dtype > 3)
-    throw std::invalid_argument("fold_columns: negative size or unknown dtype code");
-  const Isa isa = choose_isa(isa_name);
-  const auto type = static_cast<Dtype>(dtype);
-  const Columns columns = make_columns(width, reinterpret_cast<const std::int64_t*>(keep), kept,
-                                       reinterpret_cast<const float*>(scale));
-  const auto* in = reinterpret_cast<const char*>(weight);
-  auto* to = reinterpret_cast<char*>(out);
-  const std::int64_t in_bytes = width * item_size(type), out_bytes = kept * item_size(type);
-  expect_huge_pages(to, rows * out_bytes);
-  const int team = team_size(rows * in_bytes, rows, threads);
-  const std::int64_t grain = share_of(rows, team);
+// f(row) for every row; returns the threads used.
+template <class F>
+int for_rows(int64_t rows, int64_t bytes, int threads, F f) {
+  constexpr int64_t grain = 1 << 18;  // bytes for which one more thread pays
+  const int team = team_size(rows, bytes, grain, threads);
+  // Small shares: the other threads take over what a delayed one leaves.
+  const int64_t share = std::max<int64_t>(1, rows / (16 * team));
   int used = 1;
 #pragma omp parallel num_threads(team)
   {
@@ -69,40 +45,45 @@ int fold_columns(std::uintptr_t weight, std::int64_t rows, std::int64_t width, i
 #pragma omp single nowait
     used = omp_get_num_threads();
 #endif
-#pragma omp for schedule(dynamic, grain)
-    for (std::int64_t r = 0; r < rows; ++r)
-      fold_row(in + r * in_bytes, to + r * out_bytes, columns, type, isa);
+#pragma omp for schedule(dynamic, share)
+    for (int64_t r = 0; r < rows; ++r) f(r);
   }
   return used;
 }
 
+}  // namespace
+
+// weight (rows, width), keep (kept,), scale (kept,) -> out (rows, kept); returns the threads used.
+int fold_columns(uintptr_t weight, int64_t rows, int64_t width, int dtype, uintptr_t keep,
+                 int64_t kept, uintptr_t scale, uintptr_t out, int threads,
+                 const std::string& isa_name) {
+  if (rows < 0 || width < 0 || kept < 0 || dtype < 0 || dtype > 3)
+    throw std::invalid_argument("fold_columns: a size is negative, or the dtype code unknown");
+  const Dtype type = Dtype(dtype);
+  const Isa isa = choose_isa("fold_columns", isa_name);
+  const Columns columns = make_columns(width, at<int64_t>(keep), kept, at<float>(scale), isa);
+  const int64_t in_bytes = width * item_size(type), out_bytes = kept * item_size(type);
+  expect_huge_pages(out, rows * out_bytes);
+  return for_rows(rows, rows * in_bytes, threads, [&](int64_t r) {
+    fold_row(at<char>(weight, r * in_bytes), at<char>(out, r * out_bytes), columns, type, isa);
+  });
+}
+
 // weight (rows, row_bytes), keep (kept,) -> out (kept, row_bytes); returns the threads used.
-int gather_rows(std::uintptr_t weight, std::int64_t rows, std::int64_t row_bytes,
-                std::uintptr_t keep, std::int64_t kept, std::uintptr_t out, int threads) {
+int gather_rows(uintptr_t weight, int64_t rows, int64_t row_bytes, uintptr_t keep, int64_t kept,
+                uintptr_t out, int threads) {
   if (rows < 0 || row_bytes < 0 || kept < 0)
-    throw std::invalid_argument("gather_rows: negative size");
-  const auto* index = reinterpret_cast<const std::int64_t*>(keep);
-  for (std::int64_t j = 0; j < kept; ++j)
+    throw std::invalid_argument("gather_rows: a size is negative");
+  const auto* index = at<int64_t>(keep);
+  for (int64_t j = 0; j < kept; ++j)
     if (index[j] < 0 || index[j] >= rows)
       throw std::invalid_argument("gather_rows: keep[" + std::to_string(j) + "] is " +
                                   std::to_string(index[j]) + "; expected 0 to " +
                                   std::to_string(rows - 1));
-  const auto* in = reinterpret_cast<const char*>(weight);
-  auto* to = reinterpret_cast<char*>(out);
-  expect_huge_pages(to, kept * row_bytes);
-  const int team = team_size(kept * row_bytes, kept, threads);
-  const std::int64_t grain = share_of(kept, team);
-  int used = 1;
-#pragma omp parallel num_threads(team)
-  {
-#ifdef _OPENMP
-#pragma omp single nowait
-    used = omp_get_num_threads();
-#endif
-#pragma omp for schedule(dynamic, grain)
-    for (std::int64_t j = 0; j < kept; ++j)
-      std::memcpy(to + j * row_bytes, in + index[j] * row_bytes,
-                  static_cast<std::size_t>(row_bytes));
-  }
-  return used;
+  expect_huge_pages(out, kept * row_bytes);
+  return for_rows(kept, kept * row_bytes, threads, [&](int64_t j) {
+    std::memcpy(at<char>(out, j * row_bytes), at<char>(weight, index[j] * row_bytes), row_bytes);
+  });
 }
+
+}  // namespace maskprune

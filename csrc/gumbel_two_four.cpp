@@ -2,34 +2,30 @@
 // Four weights and one logit of each of six planes are a group; groups are numbered in memory
 // order, and their numbers are the counters of the noise. Work is cut and summed in one order that
 // only the size decides, so the number of threads never changes a bit.
-#if defined(__GNUC__) && !defined(__clang__)
-// Nobody reads the floating-point exception flags; minding them keeps selects from vectorising.
-#pragma GCC optimize("no-trapping-math")
-#endif
-
 #include <algorithm>
 #include <cstdint>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "elements.hpp"
+#include "dtypes.hpp"
 #include "exp_log.hpp"
+#include "isa.hpp"
+#include "threads.hpp"
 
 namespace maskprune {
 namespace {
-
-using namespace elementwise;
 
 // So many groups pass from loop to loop, in buffers that stay in the first cache.
 constexpr int64_t block_groups = 256;
 // One work item; its squares share one partial sum.
 constexpr int64_t item_groups = 64 * block_groups;
+// Groups for which one more thread pays.
+constexpr int64_t groups_grain = 8192;
 // A block's squares are summed in so many lanes, 16 terms each, before they join the double sum.
 constexpr int64_t lanes = 64;
 
 struct Problem {
-  std::uintptr_t dmasked, weight, logits, masked, dlogits;
+  uintptr_t dmasked, weight, logits, masked, dlogits;
   int64_t groups;
   uint64_t seed;
   float dnorm_sq, kappa, tau;
@@ -44,41 +40,36 @@ struct Block {
   float mask[4 * block_groups], product[4 * block_groups];
 };
 
-template <class T>
-MP_INLINE T* at(std::uintptr_t base, int64_t offset) {
-  return reinterpret_cast<T*>(base) + offset;
-}
-
 // The six 21-bit integers of groups first, first + 1, ...; planes lie `plane` apart.
 MP_INLINE void draw(uint64_t seed, uint64_t first, int64_t groups, int32_t* __restrict out,
                     int64_t plane) {
-  const uint32_t low = static_cast<uint32_t>(first), high = static_cast<uint32_t>(first >> 32);
+  const uint32_t low = uint32_t(first), high = uint32_t(first >> 32);
 #pragma omp simd
   for (int64_t j = 0; j < groups; ++j) {
-    uint32_t a = low + static_cast<uint32_t>(j), b = high + (a < low ? 1u : 0u), c = 0, d = 0;
-    uint32_t key_a = static_cast<uint32_t>(seed), key_b = static_cast<uint32_t>(seed >> 32);
+    uint32_t a = low + uint32_t(j), b = high + (a < low ? 1u : 0u), c = 0, d = 0;
+    uint32_t key_a = uint32_t(seed), key_b = uint32_t(seed >> 32);
 #pragma GCC unroll 10
     for (int round = 0; round < 10; ++round) {
       const uint64_t x = uint64_t{0xD2511F53u} * a, y = uint64_t{0xCD9E8D57u} * c;
-      a = static_cast<uint32_t>(y >> 32) ^ b ^ key_a;
-      c = static_cast<uint32_t>(x >> 32) ^ d ^ key_b;
-      b = static_cast<uint32_t>(y);
-      d = static_cast<uint32_t>(x);
+      a = uint32_t(y >> 32) ^ b ^ key_a;
+      c = uint32_t(x >> 32) ^ d ^ key_b;
+      b = uint32_t(y);
+      d = uint32_t(x);
       key_a += 0x9E3779B9u;
       key_b += 0xBB67AE85u;
     }
-    out[j] = static_cast<int32_t>(a >> 11);
-    out[plane + j] = static_cast<int32_t>(b >> 11);
-    out[2 * plane + j] = static_cast<int32_t>(c >> 11);
-    out[3 * plane + j] = static_cast<int32_t>(d >> 11);
-    out[4 * plane + j] = static_cast<int32_t>((a & 0x7FFu) << 10 | (b & 0x3FFu));
-    out[5 * plane + j] = static_cast<int32_t>((c & 0x7FFu) << 10 | (d & 0x3FFu));
+    out[j] = int32_t(a >> 11);
+    out[plane + j] = int32_t(b >> 11);
+    out[2 * plane + j] = int32_t(c >> 11);
+    out[3 * plane + j] = int32_t(d >> 11);
+    out[4 * plane + j] = int32_t((a & 0x7FFu) << 10 | (b & 0x3FFu));
+    out[5 * plane + j] = int32_t((c & 0x7FFu) << 10 | (d & 0x3FFu));
   }
 }
 
 // p and the mask of a block of groups.
 MP_INLINE void sample(const Problem& p, int64_t group, int64_t groups, Block& block) {
-  draw(p.seed, static_cast<uint64_t>(group), groups, block.n[0], block_groups);
+  draw(p.seed, uint64_t(group), groups, block.n[0], block_groups);
   const float kappa = p.kappa, inverse = 1.0f / p.tau;
   float* __restrict peak = block.peak;
   float* __restrict total = block.total;
@@ -88,7 +79,7 @@ MP_INLINE void sample(const Problem& p, int64_t group, int64_t groups, Block& bl
     float* __restrict x = block.p[k];
 #pragma omp simd
     for (int64_t j = 0; j < groups; ++j)
-      x[j] = -log_positive((static_cast<float>(n[j]) + 0.5f) * 0x1p-21f);
+      x[j] = -log_positive((float(n[j]) + 0.5f) * 0x1p-21f);
     // A loop of its own: two logarithms in a row are a longer chain than processors look ahead.
 #pragma omp simd
     for (int64_t j = 0; j < groups; ++j) {
@@ -172,104 +163,57 @@ MP_INLINE double backward_block(const Problem& p, int64_t group, int64_t groups,
   return 0.0;
 }
 
-using Step = double (*)(const Problem&, int64_t, int64_t, Block&);
-using Draw = void (*)(uint64_t, uint64_t, int64_t, int32_t*, int64_t);
-
-// One copy of each loop per instruction set; the compiler vectorises each for its own.
-#define MP_STEP(NAME, BODY, TARGET)                                                       \
-  template <class T>                                                                      \
-  TARGET double NAME(const Problem& p, int64_t group, int64_t groups, Block& block) {     \
-    return BODY<T>(p, group, groups, block);                                              \
-  }
-MP_STEP(forward_portable, forward_block, )
-MP_STEP(forward_avx2, forward_block, MP_AVX2)
-MP_STEP(forward_avx512, forward_block, MP_AVX512)
-MP_STEP(backward_portable, backward_block, )
-MP_STEP(backward_avx2, backward_block, MP_AVX2)
-MP_STEP(backward_avx512, backward_block, MP_AVX512)
-#undef MP_STEP
-#define MP_DRAW(NAME, TARGET)                                                             \
-  TARGET void NAME(uint64_t seed, uint64_t first, int64_t groups, int32_t* out,           \
-                   int64_t plane) {                                                       \
-    draw(seed, first, groups, out, plane);                                                \
-  }
-MP_DRAW(draw_portable, )
-MP_DRAW(draw_avx2, MP_AVX2)
-MP_DRAW(draw_avx512, MP_AVX512)
-#undef MP_DRAW
-
-template <class T>
-Step step_for(bool backward, Isa isa) {
-  switch (isa) {
-    case Isa::avx512:
-      return backward ? backward_avx512<T> : forward_avx512<T>;
-    case Isa::avx2:
-      return backward ? backward_avx2<T> : forward_avx2<T>;
-    default:
-      return backward ? backward_portable<T> : forward_portable<T>;
-  }
-}
-
-Step step_for(bool backward, const std::string& dtype, const std::string& name) {
-  const Isa isa = choose_isa("gumbel_two_four", name);
-  if (dtype == "float32") return step_for<Float32>(backward, isa);
-  if (dtype == "bfloat16") return step_for<BFloat16>(backward, isa);
-  if (dtype == "float16") return step_for<Float16>(backward, isa);
-  throw std::invalid_argument("gumbel_two_four: dtype is " + dtype +
-                              "; expected float32, bfloat16 or float16");
-}
-
-void run(const Problem& p, Step step, int threads) {
-  const int64_t items = (p.groups + item_groups - 1) / item_groups;
-  threads = threads_for(4 * p.groups, threads);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t item = 0; item < items; ++item) {
-    Block block;
-    const int64_t end = std::min(p.groups, (item + 1) * item_groups);
-    double total = 0.0;
-    for (int64_t group = item * item_groups; group < end; group += block_groups)
-      total += step(p, group, std::min(block_groups, end - group), block);
-    p.partial[item] = total;
-  }
+void run(const Problem& p, Dtype dtype, int threads, const std::string& isa) {
+  const Isa chosen = choose_isa("gumbel_two_four", isa);
+  with_storage<Float32, BFloat16, Float16>("gumbel_two_four", dtype, [&](auto value) {
+    using T = decltype(value);
+    const auto step =
+        p.masked ? copy_for<forward_block<T>>(chosen) : copy_for<backward_block<T>>(chosen);
+    const int64_t items = (p.groups + item_groups - 1) / item_groups;
+    const int team = team_size(items, p.groups, groups_grain, threads);
+#pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
+    for (int64_t item = 0; item < items; ++item) {
+      Block block;
+      const int64_t end = std::min(p.groups, (item + 1) * item_groups);
+      double total = 0.0;
+      for (int64_t group = item * item_groups; group < end; group += block_groups)
+        total += step(p, group, std::min(block_groups, end - group), block);
+      p.partial[item] = total;
+    }
+  });
 }
 
 }  // namespace
 
-void gumbel_two_four_forward(std::uintptr_t weight, std::uintptr_t logits, std::uintptr_t masked,
-                             std::uintptr_t norm_sq, int64_t groups, int64_t seed, float kappa,
-                             float tau, const std::string& dtype, const std::string& isa,
-                             int threads) {
-  std::vector<double> partial(static_cast<size_t>(groups / item_groups + 1));
+void gumbel_two_four_forward(uintptr_t weight, uintptr_t logits, uintptr_t masked,
+                             uintptr_t norm_sq, int64_t groups, int64_t seed, float kappa,
+                             float tau, int dtype, int threads, const std::string& isa) {
+  std::vector<double> partial(groups / item_groups + 1);
   Problem p{};
   p.weight = weight, p.logits = logits, p.masked = masked, p.groups = groups;
-  p.seed = static_cast<uint64_t>(seed), p.kappa = kappa, p.tau = tau, p.partial = partial.data();
-  run(p, step_for(false, dtype, isa), threads);
+  p.seed = uint64_t(seed), p.kappa = kappa, p.tau = tau, p.partial = partial.data();
+  run(p, Dtype(dtype), threads, isa);
   double total = 0.0;
   for (const double sum : partial) total += sum;
-  *at<float>(norm_sq, 0) = static_cast<float>(total);
+  *at<float>(norm_sq) = float(total);
 }
 
-void gumbel_two_four_backward(std::uintptr_t dmasked, float dnorm_sq, std::uintptr_t weight,
-                              std::uintptr_t logits, std::uintptr_t dlogits, int64_t groups,
-                              int64_t seed, float kappa, float tau, const std::string& dtype,
-                              const std::string& isa, int threads) {
-  std::vector<double> partial(static_cast<size_t>(groups / item_groups + 1));
+void gumbel_two_four_backward(uintptr_t dmasked, float dnorm_sq, uintptr_t weight, uintptr_t logits,
+                              uintptr_t dlogits, int64_t groups, int64_t seed, float kappa,
+                              float tau, int dtype, int threads, const std::string& isa) {
+  std::vector<double> partial(groups / item_groups + 1);
   Problem p{};
   p.dmasked = dmasked, p.dnorm_sq = dnorm_sq, p.weight = weight, p.logits = logits;
-  p.dlogits = dlogits, p.groups = groups, p.seed = static_cast<uint64_t>(seed), p.kappa = kappa;
+  p.dlogits = dlogits, p.groups = groups, p.seed = uint64_t(seed), p.kappa = kappa;
   p.tau = tau, p.partial = partial.data();
-  run(p, step_for(true, dtype, isa), threads);
+  run(p, Dtype(dtype), threads, isa);
 }
 
 // The integers alone, planes one after another, for the tests that compare them.
-void gumbel_two_four_noise(int64_t seed, int64_t first, int64_t groups, std::uintptr_t out,
+void gumbel_two_four_noise(int64_t seed, int64_t first, int64_t groups, uintptr_t out,
                            const std::string& isa) {
-  const Isa chosen = choose_isa("gumbel_two_four", isa);
-  const Draw run = chosen == Isa::avx512 ? draw_avx512
-                   : chosen == Isa::avx2 ? draw_avx2
-                                         : draw_portable;
-  run(static_cast<uint64_t>(seed), static_cast<uint64_t>(first), groups, at<int32_t>(out, 0),
-      groups);
+  copy_for<draw>(choose_isa("gumbel_two_four", isa))(
+      uint64_t(seed), uint64_t(first), groups, at<int32_t>(out), groups);
 }
 
 }  // namespace maskprune

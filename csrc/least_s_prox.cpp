@@ -3,14 +3,14 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <memory>
-#include <stdexcept>
 #include <string>
-#include <vector>
 
-#if defined(__x86_64__)
+#include "dtypes.hpp"
+#include "threads.hpp"
+
+#ifdef MP_X86
 #include <immintrin.h>
 #endif
 
@@ -19,26 +19,20 @@ namespace {
 
 using bits_view = int32_t __attribute__((may_alias));
 
-constexpr int32_t INFINITY_KEY = 0x7f800000;
-constexpr int64_t SUM_LANES = 32;
-constexpr int64_t SUM_RUN = 32 * SUM_LANES;
-constexpr int64_t SAMPLE = 512;
-constexpr int64_t SAMPLE_RUN = 16;
+constexpr int32_t infinity_key = 0x7f800000;
+constexpr int64_t square_lanes = 32;
+constexpr int64_t square_run = 32 * square_lanes;
+constexpr int64_t sample_size = 512;
+constexpr int64_t sample_run = 16;
 // Rows up to this length are searched whole: they stay in the first-level cache.
-constexpr int64_t SMALL = 2048;
-// Below about this many entries a second thread costs more than it saves.
-constexpr int64_t ENTRIES_PER_THREAD = 16384;
+constexpr int64_t short_row = 2048;
 
 RowSums not_a_number() {
   const float nan = std::numeric_limits<float>::quiet_NaN();
   return {nan, nan};
 }
 
-float value_of_key(int32_t key) {
-  float x;
-  std::memcpy(&x, &key, sizeof x);
-  return x;
-}
+float value_of_key(int32_t key) { return bit_cast<float>(key); }
 
 float square_of_key(int32_t key) { return value_of_key(key) * value_of_key(key); }
 
@@ -59,9 +53,9 @@ inline int64_t compress_into(keys4 keys, keys4 chosen, int32_t* out) {
 #undef VECTOR_BYTES
 }  // namespace portable
 
-#if defined(__x86_64__)
+#ifdef MP_X86
 namespace avx2 {
-#define TARGET __attribute__((target("avx2,popcnt")))
+#define TARGET MP_AVX2
 #define VECTOR_BYTES 32
 // Row b lists the set bits of b, lowest first: the permutation that packs the chosen lanes.
 struct PackTable {
@@ -74,13 +68,13 @@ struct PackTable {
     }
   }
 };
-constexpr PackTable PACK;
+constexpr PackTable pack_table;
 
 TARGET inline int64_t compress_into(int32_t __attribute__((vector_size(32))) keys,
                                     int32_t __attribute__((vector_size(32))) chosen,
                                     int32_t* out) {
   const int set = _mm256_movemask_ps(_mm256_castsi256_ps(reinterpret_cast<__m256i>(chosen)));
-  const __m256i order = _mm256_load_si256(reinterpret_cast<const __m256i*>(PACK.lanes[set]));
+  const __m256i order = _mm256_load_si256(reinterpret_cast<const __m256i*>(pack_table.lanes[set]));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
                       _mm256_permutevar8x32_epi32(reinterpret_cast<__m256i>(keys), order));
   return _mm_popcnt_u32(unsigned(set));
@@ -91,7 +85,7 @@ TARGET inline int64_t compress_into(int32_t __attribute__((vector_size(32))) key
 }  // namespace avx2
 
 namespace avx512 {
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,popcnt")))
+#define TARGET MP_AVX512
 #define VECTOR_BYTES 64
 TARGET inline int64_t compress_into(int32_t __attribute__((vector_size(64))) keys,
                                     int32_t __attribute__((vector_size(64))) chosen,
@@ -110,19 +104,13 @@ TARGET inline int64_t compress_into(int32_t __attribute__((vector_size(64))) key
 
 }  // namespace
 
-RowFunctions row_functions(const std::string& name) {
-  const bool any = name == "auto";
-#if defined(__x86_64__)
-  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && (any || name == "avx512"))
-    return {avx512::prox_row, avx512::has_nan, avx512::clamp};
-  if (__builtin_cpu_supports("avx2") && (any || name == "avx2"))
-    return {avx2::prox_row, avx2::has_nan, avx2::clamp};
+RowFunctions row_functions(Isa isa) {
+#ifdef MP_X86
+  if (isa == Isa::avx512) return {avx512::prox_row, avx512::has_nan, avx512::clamp};
+  if (isa == Isa::avx2) return {avx2::prox_row, avx2::has_nan, avx2::clamp};
 #endif
-  if (any || name == "portable") return {portable::prox_row, portable::has_nan, portable::clamp};
-  throw std::invalid_argument("least_s_prox: isa '" + name +
-                              "' does not run on this machine; use auto or portable");
+  (void)isa;
+  return {portable::prox_row, portable::has_nan, portable::clamp};
 }
 
 int64_t entries_to_shrink(float s, int64_t n) {
@@ -131,58 +119,29 @@ int64_t entries_to_shrink(float s, int64_t n) {
   return int64_t(std::min(std::max(double(std::ceil(s)), 0.0), double(n)));
 }
 
-int team_for(int64_t rows, int64_t entries, int threads) {
-  const int64_t useful = std::min(rows, entries / ENTRIES_PER_THREAD + 1);
-  return int(std::max<int64_t>(1, std::min<int64_t>(threads, useful)));
-}
-
-}  // namespace maskprune
-
-// rows: addresses of the first entries; lengths, s: one per row, or one for all with stride 0.
-void foreach_least_s_prox(const std::vector<std::uintptr_t>& rows,
-                          const std::vector<int64_t>& lengths, std::uintptr_t s_address,
-                          int64_t s_stride, std::uintptr_t shrink_address,
-                          std::uintptr_t sum_sq_address, std::uintptr_t next_sq_address,
-                          int threads, const std::string& isa) {
-  using namespace maskprune;
-  const RowFunctions row = row_functions(isa);
-  const int64_t count = int64_t(rows.size());
-  if (lengths.size() != rows.size())
-    throw std::invalid_argument("least_s_prox: " + std::to_string(lengths.size()) +
-                                " lengths for " + std::to_string(count) + " rows");
-  const float* s = reinterpret_cast<const float*>(s_address);
-  const float shrink = *reinterpret_cast<const float*>(shrink_address);
-  float* sum_sq = reinterpret_cast<float*>(sum_sq_address);
-  float* next_sq = reinterpret_cast<float*>(next_sq_address);
-  int64_t longest = 0, entries = 0;
-  for (int64_t n : lengths) {
-    longest = std::max(longest, n);
-    entries += n;
-  }
-#pragma omp parallel num_threads(team_for(count, entries, threads))
+// mask: `rows` rows of `length` floats, row_stride floats apart; s: one per row, or one for all
+// with s_stride 0.
+void least_s_prox(uintptr_t mask, int64_t rows, int64_t length, int64_t row_stride, uintptr_t s,
+                  int64_t s_stride, uintptr_t shrink, uintptr_t sum_sq, uintptr_t next_sq,
+                  int threads, const std::string& isa) {
+  const RowFunctions row = row_functions(choose_isa("least_s_prox_", isa));
+  const float factor = *at<float>(shrink);
+  const int team = team_size(rows, rows * length, entries_grain, threads);
+#pragma omp parallel num_threads(team)
   {
-    const std::unique_ptr<int32_t[]> scratch(new int32_t[2 * longest]);
+    const std::unique_ptr<int32_t[]> scratch(new int32_t[2 * length]);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t n = lengths[i];
-      const int64_t k = entries_to_shrink(s[i * s_stride], n);
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t k = entries_to_shrink(*at<float>(s, i * s_stride), length);
       RowSums sums = not_a_number();
-      if (k >= 0 && !std::isnan(shrink))
-        sums = n == 0 ? RowSums{0.0f, 0.0f}
-                      : row.prox(reinterpret_cast<float*>(rows[i]), n, k, shrink, scratch.get());
-      sum_sq[i] = sums.sum_sq;
-      next_sq[i] = sums.next_sq;
+      if (k >= 0 && !std::isnan(factor))
+        sums = length == 0 ? RowSums{0.0f, 0.0f}
+                           : row.prox(at<float>(mask, i * row_stride), length, k, factor,
+                                      scratch.get());
+      *at<float>(sum_sq, i) = sums.sum_sq;
+      *at<float>(next_sq, i) = sums.next_sq;
     }
   }
 }
 
-// mask: `rows` rows of `length` floats, row_stride floats apart.
-void least_s_prox(std::uintptr_t mask, int64_t rows, int64_t length, int64_t row_stride,
-                  std::uintptr_t s, int64_t s_stride, std::uintptr_t shrink,
-                  std::uintptr_t sum_sq, std::uintptr_t next_sq, int threads,
-                  const std::string& isa) {
-  std::vector<std::uintptr_t> starts(rows);
-  for (int64_t i = 0; i < rows; ++i) starts[i] = mask + i * row_stride * sizeof(float);
-  foreach_least_s_prox(starts, std::vector<int64_t>(rows, length), s, s_stride, shrink, sum_sq,
-                       next_sq, threads, isa);
-}
+}  // namespace maskprune

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <string>
 
+#include "isa.hpp"
+
 namespace maskprune {
 
 struct RowSums {
@@ -14,20 +16,18 @@ struct RowSums {
 struct RowFunctions {
   // (row, n, entries to shrink, factor, scratch of 2 * n) -> sums after the shrink; both are NaN,
   // and the row is as it was, where the row holds a NaN.
-  RowSums (*prox)(float*, std::int64_t, std::int64_t, float, std::int32_t*);
-  bool (*has_nan)(const float*, std::int64_t);
+  RowSums (*prox)(float*, int64_t, int64_t, float, int32_t*);
+  bool (*has_nan)(const float*, int64_t);
   // Into [0, 1]; the row holds no NaN.
-  void (*clamp)(float*, std::int64_t);
+  void (*clamp)(float*, int64_t);
 };
 
-// name: "auto" (the widest of this machine), "avx512", "avx2", "portable".
-// Throws std::invalid_argument for a name this machine or build cannot run.
-RowFunctions row_functions(const std::string& name);
+RowFunctions row_functions(Isa isa);
 
 // ceil(s) in float32, clamped to [0, n]; -1 where s is NaN.
-std::int64_t entries_to_shrink(float s, std::int64_t n);
+int64_t entries_to_shrink(float s, int64_t n);
 
-// Threads worth waking for so many rows and entries.
-int team_for(std::int64_t rows, std::int64_t entries, int threads);
+// Mask entries for which one more thread pays.
+constexpr int64_t entries_grain = 16384;
 
 }  // namespace maskprune

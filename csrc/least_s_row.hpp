@@ -4,12 +4,12 @@
 //   VECTOR_BYTES    its vector width
 //   compress_into   (ivec keys, ivec chosen, int32_t* out) -> number stored; may write a full
 //                   vector at out
-// All counting is on integers: the bits of |m| order as |m| does, so the search is exact for any
-// data, and a NaN is a key above that of infinity.
+// A key is the bits of |m| as an integer. Keys have the order of |m|, so the search counts integers
+// and is exact for any data; a NaN is a key above that of infinity.
 
 using fvec = float __attribute__((vector_size(VECTOR_BYTES)));
 using ivec = int32_t __attribute__((vector_size(VECTOR_BYTES)));
-constexpr int64_t WIDTH = VECTOR_BYTES / 4;
+constexpr int64_t lanes = VECTOR_BYTES / 4;
 
 TARGET static inline ivec load_keys(const bits_view* bits) {
   ivec v;
@@ -21,16 +21,16 @@ TARGET static inline ivec splat(int32_t x) { return ivec{} + x; }
 
 TARGET static inline int64_t sum_lanes(ivec v) {
   int64_t total = 0;
-  for (int64_t j = 0; j < WIDTH; ++j) total += v[j];
+  for (int64_t j = 0; j < lanes; ++j) total += v[j];
   return total;
 }
 
 TARGET static int64_t count_at_most(const bits_view* bits, int64_t n, int32_t limit) {
   ivec count[2] = {};
-  const int64_t whole = n - n % (2 * WIDTH);
-  for (int64_t i = 0; i < whole; i += 2 * WIDTH) {
+  const int64_t whole = n - n % (2 * lanes);
+  for (int64_t i = 0; i < whole; i += 2 * lanes) {
     count[0] -= load_keys(bits + i) <= limit;
-    count[1] -= load_keys(bits + i + WIDTH) <= limit;
+    count[1] -= load_keys(bits + i + lanes) <= limit;
   }
   int64_t total = sum_lanes(count[0] + count[1]);
   for (int64_t i = whole; i < n; ++i) total += (bits[i] & 0x7fffffff) <= limit;
@@ -44,13 +44,13 @@ struct Extremes {
 TARGET static Extremes extremes(const bits_view* bits, int64_t n) {
   ivec low = splat(INT32_MAX), high = splat(0);
   int64_t i = 0;
-  for (; i + WIDTH <= n; i += WIDTH) {
+  for (; i + lanes <= n; i += lanes) {
     const ivec key = load_keys(bits + i);
     low = key < low ? key : low;
     high = key > high ? key : high;
   }
   Extremes e{INT32_MAX, 0};
-  for (int64_t j = 0; j < WIDTH; ++j) {
+  for (int64_t j = 0; j < lanes; ++j) {
     e.smallest = std::min<int32_t>(e.smallest, low[j]);
     e.largest = std::max<int32_t>(e.largest, high[j]);
   }
@@ -71,14 +71,14 @@ TARGET static Bracket bracket(const bits_view* bits, int64_t n, int32_t lo, int3
                               int32_t* out) {
   ivec below = {}, high = {};
   int64_t kept = 0, i = 0;
-  for (; i + WIDTH <= n; i += WIDTH) {
+  for (; i + lanes <= n; i += lanes) {
     const ivec key = load_keys(bits + i);
     below -= key < lo;
     high = key > high ? key : high;
     kept += compress_into(key, (key >= lo) & (key <= hi), out + kept);
   }
   Bracket b{sum_lanes(below), kept, 0};
-  for (int64_t j = 0; j < WIDTH; ++j) b.largest = std::max<int32_t>(b.largest, high[j]);
+  for (int64_t j = 0; j < lanes; ++j) b.largest = std::max<int32_t>(b.largest, high[j]);
   for (; i < n; ++i) {
     const int32_t key = bits[i] & 0x7fffffff;
     b.below += key < lo;
@@ -112,38 +112,38 @@ TARGET static void bisect(const bits_view* bits, int64_t n, int64_t offset, int6
 
 TARGET static int32_t sample_quantile(const int32_t* sample, int64_t rank, const Search& q) {
   if (rank < 1) return q.lo;
-  if (rank > SAMPLE) return q.hi;
-  Search in_sample{q.lo, q.hi, 0, SAMPLE};
-  bisect(sample, SAMPLE, 0, rank, in_sample);
+  if (rank > sample_size) return q.hi;
+  Search in_sample{q.lo, q.hi, 0, sample_size};
+  bisect(sample, sample_size, 0, rank, in_sample);
   return in_sample.hi;
 }
 
 // A key T = hi such that the k smallest are those below T and the first k - below equal to T.
-// The row's largest key comes back too: above INFINITY_KEY it is a NaN and the rest is void.
+// `largest` becomes the row's largest key; above infinity_key it is a NaN, and the result is void.
 TARGET static Search search(const bits_view* bits, int64_t n, int64_t k, int32_t* scratch,
                             int32_t& largest) {
-  Search q{0, INFINITY_KEY, 0, n};
+  Search q{0, infinity_key, 0, n};
   const bits_view* from = bits;
   int64_t m = n, offset = 0;
   largest = -1;
   // A sample brackets the k-th key and one pass keeps the few inside: three passes in all. A
   // sample that misleads costs a pass and never the answer; two of them end in plain bisection.
-  for (int round = 0; round < 3 && m > SMALL && q.lo < q.hi && q.at_most != k; ++round) {
-    int32_t sample[SAMPLE];
-    const int64_t step = (m - SAMPLE_RUN) / (SAMPLE / SAMPLE_RUN - 1);
-    for (int64_t j = 0; j < SAMPLE / SAMPLE_RUN; ++j)
-      for (int64_t t = 0; t < SAMPLE_RUN; ++t)
-        sample[j * SAMPLE_RUN + t] = from[j * step + t] & 0x7fffffff;
+  for (int round = 0; round < 3 && m > short_row && q.lo < q.hi && q.at_most != k; ++round) {
+    int32_t sample[sample_size];
+    const int64_t step = (m - sample_run) / (sample_size / sample_run - 1);
+    for (int64_t j = 0; j < sample_size / sample_run; ++j)
+      for (int64_t t = 0; t < sample_run; ++t)
+        sample[j * sample_run + t] = from[j * step + t] & 0x7fffffff;
     const double p = double(k - offset) / double(m);
-    const double rank = p * SAMPLE;
-    const double margin = 1.0 + (2.2 + 2.0 * round) * std::sqrt(SAMPLE * p * (1.0 - p));
+    const double rank = p * sample_size;
+    const double margin = 1.0 + (2.2 + 2.0 * round) * std::sqrt(sample_size * p * (1.0 - p));
     const int32_t lo = sample_quantile(sample, int64_t(std::floor(rank - margin)), q);
     const int32_t hi = sample_quantile(sample, int64_t(std::ceil(rank + margin)), q);
     int32_t* into = from == scratch ? scratch + n : scratch;
     const Bracket b = bracket(from, m, lo, hi, into);
     if (largest < 0) {
       largest = b.largest;
-      if (largest > INFINITY_KEY) return q;
+      if (largest > infinity_key) return q;
     }
     if (k - offset <= b.below) {
       q.hi = lo - 1;
@@ -161,7 +161,7 @@ TARGET static Search search(const bits_view* bits, int64_t n, int64_t k, int32_t
   if (largest < 0) {
     const Extremes e = extremes(bits, n);
     largest = e.largest;
-    if (largest > INFINITY_KEY) return q;
+    if (largest > infinity_key) return q;
     q.lo = e.smallest;
     q.hi = e.largest;
   }
@@ -171,11 +171,11 @@ TARGET static Search search(const bits_view* bits, int64_t n, int64_t k, int32_t
 
 // One past the index of the count-th key equal to T.
 TARGET static int64_t cut_after(const bits_view* bits, int64_t n, int32_t T, int64_t count) {
-  constexpr int64_t BLOCK = 64 * WIDTH;
+  constexpr int64_t block = 64 * lanes;
   int64_t i = 0;
-  for (; i + BLOCK <= n; i += BLOCK) {
+  for (; i + block <= n; i += block) {
     ivec equal = {};
-    for (int64_t j = 0; j < BLOCK; j += WIDTH) equal -= load_keys(bits + i + j) == T;
+    for (int64_t j = 0; j < block; j += lanes) equal -= load_keys(bits + i + j) == T;
     const int64_t c = sum_lanes(equal);
     if (c >= count) break;
     count -= c;
@@ -186,23 +186,23 @@ TARGET static int64_t cut_after(const bits_view* bits, int64_t n, int32_t T, int
 
 // Lanes of a sum whose order is the same for every instruction set.
 struct Sums {
-  double lane[SUM_LANES];
+  double lane[square_lanes];
   int32_t next;
 };
 
 // Shrinks the entries of keys at most T; adds their squares; finds the smallest key left.
 TARGET static void shrink_range(float* m, int64_t n, int32_t T, float shrink, Sums& sums) {
-  constexpr int64_t VECTORS = SUM_LANES / WIDTH;
+  constexpr int64_t vectors = square_lanes / lanes;
   ivec next = splat(INT32_MAX);
   int64_t i = 0;
-  while (i + SUM_LANES <= n) {
+  while (i + square_lanes <= n) {
     // Float lanes are emptied into double ones before their rounding can add up.
-    const int64_t end = std::min(n - n % SUM_LANES, i + SUM_RUN);
-    fvec acc[VECTORS] = {};
-    for (; i < end; i += SUM_LANES) {
+    const int64_t end = std::min(n - n % square_lanes, i + square_run);
+    fvec acc[vectors] = {};
+    for (; i < end; i += square_lanes) {
 #pragma GCC unroll 8
-      for (int64_t v = 0; v < VECTORS; ++v) {
-        float* at = m + i + v * WIDTH;
+      for (int64_t v = 0; v < vectors; ++v) {
+        float* at = m + i + v * lanes;
         fvec x;
         __builtin_memcpy(&x, at, sizeof x);
         ivec key;
@@ -217,9 +217,9 @@ TARGET static void shrink_range(float* m, int64_t n, int32_t T, float shrink, Su
         __builtin_memcpy(at, &y, sizeof y);
       }
     }
-    for (int64_t j = 0; j < SUM_LANES; ++j) sums.lane[j] += acc[j / WIDTH][j % WIDTH];
+    for (int64_t j = 0; j < square_lanes; ++j) sums.lane[j] += acc[j / lanes][j % lanes];
   }
-  for (int64_t j = 0; j < WIDTH; ++j) sums.next = std::min<int32_t>(sums.next, next[j]);
+  for (int64_t j = 0; j < lanes; ++j) sums.next = std::min<int32_t>(sums.next, next[j]);
   for (int64_t j = 0; i < n; ++i, ++j) {
     int32_t key;
     std::memcpy(&key, m + i, sizeof key);
@@ -240,11 +240,11 @@ TARGET static RowSums prox_row(float* m, int64_t n, int64_t k, float shrink, int
   Sums sums{{}, INT32_MAX};
   if (k == 0) {
     const Extremes e = extremes(bits, n);
-    if (e.largest > INFINITY_KEY) return not_a_number();
+    if (e.largest > infinity_key) return not_a_number();
     return {0.0f, square_of_key(e.smallest)};
   }
   const Search q = search(bits, n, k, scratch, largest);
-  if (largest > INFINITY_KEY) return not_a_number();
+  if (largest > infinity_key) return not_a_number();
   const int64_t cut = q.at_most == k ? n : cut_after(bits, n, q.hi, k - q.below);
   shrink_range(m, cut, q.hi, shrink, sums);
   if (cut < n) shrink_range(m + cut, n - cut, q.hi - 1, shrink, sums);
@@ -256,12 +256,12 @@ TARGET static RowSums prox_row(float* m, int64_t n, int64_t k, float shrink, int
 }
 
 TARGET static bool has_nan(const float* m, int64_t n) {
-  return extremes(reinterpret_cast<const bits_view*>(m), n).largest > INFINITY_KEY;
+  return extremes(reinterpret_cast<const bits_view*>(m), n).largest > infinity_key;
 }
 
 TARGET static void clamp(float* m, int64_t n) {
   int64_t i = 0;
-  for (; i + WIDTH <= n; i += WIDTH) {
+  for (; i + lanes <= n; i += lanes) {
     fvec x;
     __builtin_memcpy(&x, m + i, sizeof x);
     x = x > 0.0f ? x : fvec{};

@@ -9,27 +9,28 @@
 #include <string>
 #include <vector>
 
+#include "dtypes.hpp"
+#include "isa.hpp"
 #include "least_s_prox.hpp"
+#include "threads.hpp"
 
+namespace maskprune {
 namespace {
-
-using maskprune::RowFunctions;
-using maskprune::RowSums;
 
 // The state vector, in the order of FIELDS.
 struct State {
   float step, y, z, R, locked, failed, r[2], s[2], S, next[2], interval, shrink, locked_at;
 };
-constexpr std::size_t FIELD_COUNT = 16;
-static_assert(sizeof(State) == FIELD_COUNT * sizeof(float), "State is the vector of FIELDS");
+constexpr std::size_t field_count = 16;
+static_assert(sizeof(State) == field_count * sizeof(float), "State is the vector of FIELDS");
 
 // In the order of RATES; kind 0 is head, 1 is ffn.
 struct Rates {
   float a[2], R_star, total_steps, eta1, log_eta1_ratio, eta2, eta3, eta4, reach, interval,
       lock_gap, scheduled;
 };
-constexpr std::size_t RATE_COUNT = 13;
-static_assert(sizeof(Rates) == RATE_COUNT * sizeof(float), "Rates is the vector of RATES");
+constexpr std::size_t rate_count = 13;
+static_assert(sizeof(Rates) == rate_count * sizeof(float), "Rates is the vector of RATES");
 
 struct Masks {
   float* m;
@@ -48,7 +49,7 @@ bool any_nan(const Masks (&kinds)[2], const RowFunctions& row, int team) {
 
 // Clamps and shrinks all rows of one kind; the means over rows of their sums.
 RowSums step_rows(const Masks& q, float s, float shrink, const RowFunctions& row, int team) {
-  const int64_t k = maskprune::entries_to_shrink(s, q.units);
+  const int64_t k = entries_to_shrink(s, q.units);
   const float nan = std::numeric_limits<float>::quiet_NaN();
   std::vector<RowSums> each(q.rows, RowSums{nan, nan});
 #pragma omp parallel num_threads(team)
@@ -141,21 +142,21 @@ void step_scalars(State& v, const Masks (&kinds)[2], const float* table, int64_t
 }  // namespace
 
 // head, ffn: contiguous float32 rows; table: splits x 2; rates: see Rates.
-void minimax_step(std::uintptr_t head, int64_t head_rows, int64_t head_units, std::uintptr_t ffn,
-                  int64_t ffn_rows, int64_t ffn_units, std::uintptr_t state, std::uintptr_t table,
+void minimax_step(uintptr_t head, int64_t head_rows, int64_t head_units, uintptr_t ffn,
+                  int64_t ffn_rows, int64_t ffn_units, uintptr_t state, uintptr_t table,
                   int64_t splits, const std::vector<float>& rates, int threads,
                   const std::string& isa) {
-  if (rates.size() != RATE_COUNT)
+  if (rates.size() != rate_count)
     throw std::invalid_argument("minimax_step: " + std::to_string(rates.size()) +
-                                " rates; expected " + std::to_string(RATE_COUNT));
-  const RowFunctions row = maskprune::row_functions(isa);
-  const Masks kinds[2] = {{reinterpret_cast<float*>(head), head_rows, head_units},
-                          {reinterpret_cast<float*>(ffn), ffn_rows, ffn_units}};
+                                " rates; expected " + std::to_string(rate_count));
+  const RowFunctions row = row_functions(choose_isa("minimax_step_", isa));
+  const Masks kinds[2] = {{at<float>(head), head_rows, head_units},
+                          {at<float>(ffn), ffn_rows, ffn_units}};
   Rates c;
   std::copy(rates.begin(), rates.end(), reinterpret_cast<float*>(&c));
-  State& v = *reinterpret_cast<State*>(state);
+  State& v = *at<State>(state);
   const int64_t entries = head_rows * head_units + ffn_rows * ffn_units;
-  const int team = maskprune::team_for(std::max(head_rows, ffn_rows), entries, threads);
+  const int team = team_size(std::max(head_rows, ffn_rows), entries, entries_grain, threads);
   if (v.failed > 0.0f || any_nan(kinds, row, team)) {
     v.failed = 1.0f;
     return;
@@ -173,5 +174,7 @@ void minimax_step(std::uintptr_t head, int64_t head_rows, int64_t head_units, st
     v.S += c.a[q] * mean.sum_sq / float(kinds[q].units);
     v.next[q] = mean.next_sq;
   }
-  step_scalars(v, kinds, reinterpret_cast<const float*>(table), splits, c);
+  step_scalars(v, kinds, at<float>(table), splits, c);
 }
+
+}  // namespace maskprune

@@ -1,7 +1,7 @@
 // Rows of one tensor from file to file, cut and folded on the way, in blocks that stay in cache.
 //
-// pread and pwrite, not mmap: a file cut short under us is then an error to report, not a SIGBUS,
-// and nothing but two blocks a thread counts as our memory.
+// pread and pwrite, not mmap: a file that is cut short while it is read is then an error to report,
+// not a SIGBUS, and the memory in use stays at two blocks per thread.
 #include <fcntl.h>
 #include <unistd.h>
 
@@ -14,14 +14,14 @@
 #include <system_error>
 
 #include "fold.hpp"
+#include "threads.hpp"
 
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
+namespace maskprune {
 namespace {
-
-using std::int64_t;
 
 int thread_number() {
 #ifdef _OPENMP
@@ -31,12 +31,12 @@ int thread_number() {
 #endif
 }
 
-// Kept rows shorter than this are picked out of a block that is read whole.
-constexpr int64_t kReadRows = 4096;
+// Bytes; shorter kept rows are picked out of a block that is read whole.
+constexpr int64_t long_row = 4096;
 
 void read_all(int file, char* to, int64_t bytes, int64_t at) {
   while (bytes > 0) {
-    const ssize_t n = pread(file, to, static_cast<std::size_t>(bytes), at);
+    const ssize_t n = pread(file, to, bytes, at);
     if (n < 0 && errno == EINTR) continue;
     if (n < 0) throw std::system_error(errno, std::generic_category(), "reading");
     if (n == 0) throw std::runtime_error("the file ends at byte " + std::to_string(at));
@@ -46,7 +46,7 @@ void read_all(int file, char* to, int64_t bytes, int64_t at) {
 
 void write_all(int file, const char* from, int64_t bytes, int64_t at) {
   while (bytes > 0) {
-    const ssize_t n = pwrite(file, from, static_cast<std::size_t>(bytes), at);
+    const ssize_t n = pwrite(file, from, bytes, at);
     if (n < 0 && errno == EINTR) continue;
     if (n < 0) throw std::system_error(errno, std::generic_category(), "writing");
     from += n, at += n, bytes -= n;
@@ -59,9 +59,9 @@ struct Job {
   const int64_t* keep_rows;                          // (kept_rows,) ascending, or null: all rows
   int64_t kept_rows;
   const float* row_scale;  // (kept_rows,) or null
-  maskprune::Columns columns;
-  maskprune::Dtype dtype;
-  maskprune::Isa isa;
+  Columns columns;
+  Dtype dtype;
+  Isa isa;
   bool folds;  // else rows are copied as they are
 };
 
@@ -74,11 +74,11 @@ void one_block(const Job& job, int64_t from, int64_t to, char* in, char* out) {
   }
   const int64_t n = last - first;
   if (n == 0) return;
-  if (!job.keep_rows || job.in_bytes < kReadRows) {
+  if (!job.keep_rows || job.in_bytes < long_row) {
     read_all(job.in_file, in, (to - from) * job.in_bytes, job.in_at + from * job.in_bytes);
     for (int64_t r = 0; job.keep_rows && r < n; ++r) {
       const char* row = in + (job.keep_rows[first + r] - from) * job.in_bytes;
-      std::memmove(in + r * job.in_bytes, row, static_cast<std::size_t>(job.in_bytes));
+      std::memmove(in + r * job.in_bytes, row, job.in_bytes);
     }
   } else {
     for (int64_t r = 0; r < n;) {
@@ -103,25 +103,28 @@ void one_block(const Job& job, int64_t from, int64_t to, char* in, char* out) {
 }  // namespace
 
 // A tensor (rows, width) at byte `in_at` of `in_file` -> (kept_rows, kept_columns) at `out_at` of
-// `out_file`. Without cuts and factors any dtype is copied as bytes: pass width 1 and dtype -1.
+// `out_file`. What is neither cut nor multiplied may be given as Dtype::bytes.
 // scratch: threads * (block_rows input rows + block_rows output rows) bytes.
 void stream_rows(int in_file, int64_t in_at, int out_file, int64_t out_at, int64_t rows,
-                 int64_t width, int dtype, std::uintptr_t keep_rows, int64_t kept_rows,
-                 std::uintptr_t row_scale, std::uintptr_t keep_columns, int64_t kept_columns,
-                 std::uintptr_t column_scale, std::uintptr_t scratch, int64_t block_rows,
-                 int threads, const std::string& isa) {
-  using namespace maskprune;
-  const int64_t item = dtype < 0 ? 1 : item_size(static_cast<Dtype>(dtype));
+                 int64_t width, int dtype, uintptr_t keep_rows, int64_t kept_rows,
+                 uintptr_t row_scale, uintptr_t keep_columns, int64_t kept_columns,
+                 uintptr_t column_scale, uintptr_t scratch, int64_t block_rows, int threads,
+                 const std::string& isa_name) {
   const bool folds = row_scale || keep_columns || column_scale;
-  if (rows < 0 || width < 0 || block_rows < 1 || threads < 1 || dtype > 3 || (folds && dtype < 0))
-    throw std::invalid_argument("stream_rows: sizes or dtype out of range");
+  if (rows < 0 || width < 0 || block_rows < 1 || threads < 1)
+    throw std::invalid_argument("stream_rows: a size is out of range");
+  if (dtype < (folds ? 0 : -1) || dtype > 3)
+    throw std::invalid_argument("stream_rows: dtype code " + std::to_string(dtype) +
+                                " is unknown or cannot be multiplied");
   if (!keep_columns) kept_columns = width;
   if (!keep_rows) kept_rows = rows;
-  const auto* index = reinterpret_cast<const int64_t*>(keep_rows);
+  const auto* index = at<int64_t>(keep_rows);
   for (int64_t j = 0; index && j < kept_rows; ++j)
     if (index[j] < 0 || index[j] >= rows || (j > 0 && index[j] <= index[j - 1]))
       throw std::invalid_argument("stream_rows: kept rows must ascend within 0 to " +
                                   std::to_string(rows - 1));
+  const Isa isa = choose_isa("stream_rows", isa_name);
+  const int64_t item = item_size(Dtype(dtype));
   const Job job{in_file,
                 out_file,
                 in_at,
@@ -131,15 +134,15 @@ void stream_rows(int in_file, int64_t in_at, int out_file, int64_t out_at, int64
                 kept_columns * item,
                 index,
                 kept_rows,
-                reinterpret_cast<const float*>(row_scale),
-                make_columns(width, reinterpret_cast<const int64_t*>(keep_columns), kept_columns,
-                             reinterpret_cast<const float*>(column_scale)),
-                dtype < 0 ? Dtype::f32 : static_cast<Dtype>(dtype),
-                choose_isa(isa),
+                at<float>(row_scale),
+                make_columns(width, at<int64_t>(keep_columns), kept_columns,
+                             at<float>(column_scale), isa),
+                Dtype(dtype),
+                isa,
                 folds};
   const int64_t blocks = (rows + block_rows - 1) / block_rows;
   const int64_t share = block_rows * (job.in_bytes + job.out_bytes);
-  const int team = static_cast<int>(std::clamp<int64_t>(threads, 1, std::max<int64_t>(blocks, 1)));
+  const int team = team_size(blocks, blocks, 1, threads);
   std::exception_ptr failure;
   bool failed = false;
 #pragma omp parallel for schedule(dynamic) num_threads(team)
@@ -149,7 +152,7 @@ void stream_rows(int in_file, int64_t in_at, int out_file, int64_t out_at, int64
     stop = failed;
     if (stop) continue;
     const ExactFloats exact;
-    char* in = reinterpret_cast<char*>(scratch) + thread_number() * share;
+    char* in = at<char>(scratch, thread_number() * share);
     try {
       one_block(job, b * block_rows, std::min(rows, (b + 1) * block_rows), in,
                 in + block_rows * job.in_bytes);
@@ -162,3 +165,5 @@ void stream_rows(int in_file, int64_t in_at, int out_file, int64_t out_at, int64
   }
   if (failure) std::rethrow_exception(failure);
 }
+
+}  // namespace maskprune

@@ -1,9 +1,9 @@
 """The least-s prox of one row too long to stay whole in the registers of one Triton program.
 
-Packed, for rows of up to 53,248 entries: the search takes 15 bits at a time. What a counting pass
-compares is one digit of every entry, where its |m| lies between the bounds so far in steps of
-2^shift. Two digits share a register, each below a set bit, and one subtraction compares both: the
-bit stays set where the digit is the threshold or more. The bounds then enclose one step, the row
+Packed, for rows of up to 53,248 entries: the search takes 15 bits at a time. A counting pass
+compares one digit of every entry: how many steps of 2^shift its |m| lies above the lower bound. Two
+digits share a register, each below a set bit, and one subtraction compares both: the bit stays set
+where the digit is the threshold or more. The bounds then enclose one step, the row
 is read again (it lies in a cache) for the next digit, and a last time to apply the step.
 
 Chunked, for longer rows: every pass reads the row, three thresholds at a time.

@@ -31,8 +31,8 @@ PIECES = (
     (18432, 16, 4, 4, 1),
 )
 # (longest row, warps, R0, R1, R2, R3): the row as pairs of digits, in half the registers. For
-# 28,672 entries a pass takes 72 instructions (sm_80) where whole keys take 103: over 20 passes
-# about what the two more readings cost. Ties take no passes at all. Widths of known models fill
+# 28,672 entries a pass takes 72 instructions (sm_80) where whole keys take 103: what 20 passes save
+# pays for reading the row twice more. Ties take no passes at all. Widths of known models fill
 # their tile: 14336, 18432, 28672, 53248.
 PACKED = (
     (24576, 32, 2, 2, 1, 1),
@@ -47,24 +47,28 @@ LONGEST = (ALL_PAIRS_LIMIT, *(tile[0] for tile in PIECES + PACKED))
 
 
 class Tile(NamedTuple):
-    """Which kernel serves rows of one length, its warps and its constexpr sizes."""
+    """How rows of one length are searched: warps of a program, and the constexpr arguments."""
 
-    kernel: str
     warps: int
-    sizes: dict[str, int]
+    constants: dict[str, int | str]
 
 
 def tile_for(N: int) -> Tile:
-    """The kernel and tile for rows of up to N entries."""
+    """The tile for rows of up to N entries; what a search does not use is 0."""
     if N <= ALL_PAIRS_LIMIT:
         block = max(16, triton.next_power_of_2(N))
-        return Tile("all_pairs", 4 if block == 128 else 1, {"BLOCK": block})
+        return _tile(4 if block == 128 else 1, "all_pairs", BLOCK=block)
     for kernel, tiles in (("pieces", PIECES), ("packed", PACKED)):
         for longest, warps, *rows in tiles:
             if N <= longest:
                 sizes = {f"R{i}": R for i, R in enumerate(rows)}
-                return Tile(kernel, warps, sizes | {"C": 128 * warps})
-    return Tile("chunked", CHUNK_WARPS, {"BLOCK": CHUNK})
+                return _tile(warps, kernel, C=128 * warps, **sizes)
+    return _tile(CHUNK_WARPS, "chunked", BLOCK=CHUNK)
+
+
+def _tile(warps: int, kernel: str, **sizes: int) -> Tile:
+    unused = dict.fromkeys(("BLOCK", "R0", "R1", "R2", "R3", "C"), 0)
+    return Tile(warps, {"KERNEL": kernel, **unused, **sizes})
 
 
 @triton.jit

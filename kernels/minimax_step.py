@@ -1,8 +1,8 @@
 """One step of Algorithm 1 in one Triton launch: a program per mask row, scalars by the last.
 
 Every program clamps and shrinks its row and leaves its sums; a counter tells the one that finishes
-last, which adds them in a fixed order, moves the scalars and resets the counter. Nobody waits for
-anybody. Rows are saved as they came: if any held a NaN, the last program puts all of them back.
+last, which adds them in a fixed order, moves the scalars and resets the counter. No program waits
+for another. Rows are saved as they came: if any held a NaN, the last program puts all of them back.
 
 Legend: as in the definition, maskprune/ops/minimax_step.py, whose FIELDS number the state.
 """
@@ -16,14 +16,8 @@ import triton
 import triton.language as tl
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from maskprune.kernels.least_s_long import prox_chunked, prox_packed
-from maskprune.kernels.least_s_rows import (
-    ALL_PAIRS_LIMIT,
-    Tile,
-    prox_all_pairs,
-    prox_pieces,
-    tile_for,
-)
+from maskprune.kernels.least_s_prox import prox_row
+from maskprune.kernels.least_s_rows import ALL_PAIRS_LIMIT, Tile, prox_all_pairs, tile_for
 
 STEP = tl.constexpr(0)
 Y = tl.constexpr(1)
@@ -237,8 +231,8 @@ def step_rows_then_scalars(
     interval,
     lock_gap,
     SCHEDULED: tl.constexpr,
-    KERNEL: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
+    KERNEL: tl.constexpr,
     BLOCK: tl.constexpr,
     R0: tl.constexpr,
     R1: tl.constexpr,
@@ -253,20 +247,21 @@ def step_rows_then_scalars(
             row = pid.to(tl.int64) * D_ffn
             s = tl.load(state_ptr + S_FFN)
             factor = tl.where(due, shrink, 1.0)
-            m_ptr = ffn_ptr + row
-            saved_ptr = saved_ffn_ptr + row
-            if KERNEL == "pieces":
-                sum_sq, next_sq, sound = prox_pieces(
-                    m_ptr, saved_ptr, s, factor, D_ffn, True, R0, R1, R2, C
-                )
-            elif KERNEL == "packed":
-                sum_sq, next_sq, sound = prox_packed(
-                    m_ptr, saved_ptr, s, factor, D_ffn, True, R0, R1, R2, R3, C
-                )
-            else:
-                sum_sq, next_sq, sound = prox_chunked(
-                    m_ptr, saved_ptr, s, factor, D_ffn, True, BLOCK
-                )
+            sum_sq, next_sq, sound = prox_row(
+                ffn_ptr + row,
+                saved_ffn_ptr + row,
+                s,
+                factor,
+                D_ffn,
+                True,
+                KERNEL,
+                BLOCK,
+                R0,
+                R1,
+                R2,
+                R3,
+                C,
+            )
         else:
             row = (pid - R_ffn).to(tl.int64) * D_head
             s = tl.load(state_ptr + S_HEAD)
@@ -337,13 +332,10 @@ def ffn_tile(D_ffn: int) -> Tile:
 
 def constants(D_head: int, D_ffn: int, scheduled: bool) -> dict[str, int | bool | str]:
     """The constexpr arguments of a launch."""
-    tile = ffn_tile(D_ffn)
     return {
         "SCHEDULED": scheduled,
-        "KERNEL": tile.kernel,
         "HEAD_BLOCK": max(16, triton.next_power_of_2(max(D_head, 1))),
-        **dict.fromkeys(("BLOCK", "R0", "R1", "R2", "R3", "C"), 0),
-        **tile.sizes,
+        **ffn_tile(D_ffn).constants,
     }
 
 

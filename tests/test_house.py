@@ -78,7 +78,6 @@ def test_the_public_names_are_these():
     assert sorted(maskprune.ops.__all__) == [
         "LeastS",
         "fold_columns",
-        "foreach_least_s_prox_",
         "gather_rows",
         "gumbel_two_four",
         "least_s_prox_",

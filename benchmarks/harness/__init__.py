@@ -5,7 +5,7 @@
                    sizes={"O": 4096, "I": 11008}, bytes_moved=..., device="cpu", seed=0)
     write_rows(args.rows, rows)
 
-A provider whose output the check refuses is timed by nobody and has no row.
+A provider whose output the check refuses is not timed and has no row.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Result rows: JSON lines with a CSV beside them, written whole or not at all."""
+"""Result rows: JSON lines, written whole or not at all."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
@@ -42,7 +41,7 @@ def write_rows(
     overwrite: bool = False,
     ignore: Iterable[str] = MEASURED,
 ) -> list[dict[str, Any]]:
-    """Add rows to the JSON lines file `path` and rewrite the CSV beside it, both atomically.
+    """Add rows to the JSON lines file `path`, atomically.
 
     Rows there already stay; with `overwrite`, those equal in every field but `ignore` go.
     Returns the rows as written, with their ids. Raises ValueError for a row without
@@ -62,14 +61,6 @@ def write_rows(
     replaced = {case(row) for row in added} if overwrite else set()
     every = [row for row in old if case(row) not in replaced] + added
     replace_file(path, "".join(json.dumps(row) + "\n" for row in every))
-    columns = list(dict.fromkeys(key for row in every for key in row))
-    table = path.with_suffix(".csv")
-    temporary = table.with_name(f".{table.name}.{os.getpid()}")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(every)
-    os.replace(temporary, table)
     return added
 
 

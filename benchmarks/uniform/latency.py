@@ -295,7 +295,7 @@ def main(argv: list[str] | None = None) -> int:
         write_rows(args.rows, rows, overwrite=args.overwrite, ignore=IGNORED)
     print(verdicts.report(rows))
     pictures = draw(rows, out)
-    print(f"\nrows: {out / 'rows.jsonl'}, {out / 'rows.csv'}")
+    print(f"\nrows: {out / 'rows.jsonl'}")
     print("plots:", ", ".join(str(path) for path in pictures) or "none")
     return status
 

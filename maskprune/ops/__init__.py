@@ -2,7 +2,7 @@
 
 from maskprune.ops.fold import fold_columns, gather_rows
 from maskprune.ops.gumbel_two_four import gumbel_two_four
-from maskprune.ops.least_s_prox import LeastS, foreach_least_s_prox_, least_s_prox_
+from maskprune.ops.least_s_prox import LeastS, least_s_prox_
 from maskprune.ops.linear_kl import linear_kl
 from maskprune.ops.masked_swiglu import masked_swiglu
 from maskprune.ops.minimax_step import minimax_step_
@@ -11,7 +11,6 @@ from maskprune.ops.scale_heads import scale_heads
 __all__ = [
     "LeastS",
     "fold_columns",
-    "foreach_least_s_prox_",
     "gather_rows",
     "gumbel_two_four",
     "least_s_prox_",

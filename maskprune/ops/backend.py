@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs: `auto`, `reference`, `cpp` or `triton`."""
+"""Which implementation of an operation runs, and what Python hands to the compiled one."""
 
 from __future__ import annotations
 
@@ -6,12 +6,28 @@ import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Container
+from enum import StrEnum
 from types import ModuleType
 
 import torch
 from torch.compiler import is_dynamo_compiling
 
-BACKENDS = ("auto", "reference", "cpp", "triton")
+
+class Backend(StrEnum):
+    """What can run an operation; its argument `backend` takes one of these, or "auto"."""
+
+    REFERENCE = "reference"
+    CPP = "cpp"
+    TRITON = "triton"
+
+
+BACKENDS = ("auto", *Backend)
+# The dtypes of operations that compute in float32, whatever they read and store.
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# The codes of `Dtype` in csrc/dtypes.hpp; BYTES is any dtype that is only copied.
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+BYTES = -1
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 BUILD_COMMAND = "MASKPRUNE_REQUIRE_EXT=1 pip install --force-reinstall --no-deps ."
 
@@ -24,6 +40,13 @@ def extension() -> ModuleType | None:
         return importlib.import_module("maskprune._C")
     except ImportError:
         return None
+
+
+def compiled() -> ModuleType:
+    """`extension()`, for callers to whom `choose` has given the C++ backend."""
+    module = extension()
+    assert module is not None
+    return module
 
 
 def eager(*tensors: torch.Tensor) -> bool:
@@ -58,23 +81,43 @@ def unavailable(backend: str, device: torch.device) -> str | None:
     return None
 
 
-def choose(op: str, backend: str, tensor: torch.Tensor) -> str:
+def choose(
+    op: str,
+    backend: str,
+    tensor: torch.Tensor,
+    *,
+    dtypes: Container[torch.dtype] | None = None,
+    triton: bool = True,
+) -> Backend:
     """The backend that runs `op` on `tensor`.
 
-    `auto` is Triton for CUDA tensors, C++ for CPU tensors, and the reference where that one is
-    not available. An explicit choice is honoured or raises; it never falls back.
+    "auto" is Triton for CUDA tensors, C++ for CPU tensors, and the reference where that one is
+    not available or does not take the tensor. An explicit choice is honoured or raises; it never
+    falls back.
+
+    Args:
+        dtypes: what C++ and Triton take; None: whatever the operation itself takes.
+        triton: whether the operation has a Triton backend.
 
     Raises:
         ValueError: `backend` is none of `auto`, `reference`, `cpp`, `triton`.
-        RuntimeError: an explicit backend that cannot serve this tensor.
+        TypeError: an explicit backend that does not take the tensor's dtype.
+        RuntimeError: an explicit backend that is not available for this tensor.
     """
+    fits = dtypes is None or tensor.dtype in dtypes
     if backend == "auto":
-        if tensor.is_cpu:
-            return "cpp" if extension() else "reference"
-        preferred = "triton" if tensor.is_cuda else "reference"
-        return "reference" if unavailable(preferred, tensor.device) else preferred
+        fast = Backend.CPP if tensor.is_cpu else Backend.TRITON if tensor.is_cuda else None
+        if not fast or not fits or (fast == Backend.TRITON and not triton):
+            return Backend.REFERENCE
+        return Backend.REFERENCE if unavailable(fast, tensor.device) else fast
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
+    if backend == Backend.TRITON and not triton:
+        raise RuntimeError(f"{op}: there is no Triton backend; use 'auto', 'reference' or 'cpp'")
     if reason := unavailable(backend, tensor.device):
         raise RuntimeError(f"{op}: {reason}")
-    return backend
+    if backend != Backend.REFERENCE and not fits:
+        raise TypeError(
+            f"{op}: backend {backend!r} does not take {tensor.dtype}; use backend='reference'"
+        )
+    return Backend(backend)

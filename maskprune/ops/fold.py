@@ -11,14 +11,9 @@ canonical quiet NaN (0x7fc00000, 0x7e00, 0x7fc0); torch leaves its sign and payl
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 
-from maskprune.ops.backend import choose, extension
-
-# The codes of `Dtype` in csrc/fold.hpp.
-DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+from maskprune.ops.backend import DTYPE_CODES, Backend, choose, compiled
 
 
 def fold_columns(
@@ -30,8 +25,8 @@ def fold_columns(
         weight: (O, I) float32, float16, bfloat16 or float64; left as it is.
         scale: (I,) float32, one factor per column.
         keep: (K,) int64 in 0..I-1, any order, repeats allowed; fastest where it ascends.
-        backend: `auto` (C++ on the CPU; the reference on other devices, where this is no hot
-            path), `reference` or `cpp`.
+        backend: `auto` (C++ on the CPU, the reference elsewhere: export runs on the CPU),
+            `reference` or `cpp`.
 
     Returns:
         (O, K) new contiguous tensor of the weight's dtype. Not differentiable.
@@ -55,11 +50,11 @@ def fold_columns(
             f"({weight.shape[1]},) on {weight.device}, one factor per column of weight"
         )
     weight, scale = weight.detach(), scale.detach()
-    if _choose("fold_columns", backend, weight) == "reference":
+    if choose("fold_columns", backend, weight, triton=False) == Backend.REFERENCE:
         return fold_columns_reference(weight, scale, keep)
     weight, keep, factors = weight.contiguous(), keep.contiguous(), scale[keep]
     out = weight.new_empty(weight.shape[0], keep.numel())
-    _extension().fold_columns(
+    compiled().fold_columns(
         weight.data_ptr(),
         *weight.shape,
         DTYPE_CODES[weight.dtype],
@@ -92,11 +87,11 @@ def gather_rows(weight: torch.Tensor, keep: torch.Tensor, *, backend: str = "aut
     _check_weight("gather_rows", weight)
     _check_keep("gather_rows", keep, weight, weight.shape[0] if weight.dim() else 0, "rows")
     weight = weight.detach()
-    if _choose("gather_rows", backend, weight) == "reference":
+    if choose("gather_rows", backend, weight, triton=False) == Backend.REFERENCE:
         return weight.index_select(0, keep)
     weight, keep = weight.contiguous(), keep.contiguous()
     out = weight.new_empty(keep.numel(), *weight.shape[1:])
-    _extension().gather_rows(
+    compiled().gather_rows(
         weight.data_ptr(),
         weight.shape[0],
         weight[:1].numel() * weight.element_size(),
@@ -123,20 +118,6 @@ def scale_exactly(weight: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     canonical = torch.full_like(product, float("nan"))
     product = torch.where(product.isnan(), canonical, product)
     return torch.where(factors == 1, weight, product)
-
-
-def _choose(op: str, backend: str, weight: torch.Tensor) -> str:
-    if backend == "triton":
-        raise RuntimeError(f"{op}: there is no Triton backend; use 'auto', 'reference' or 'cpp'")
-    if backend == "auto" and weight.device.type != "cpu":
-        return "reference"
-    return choose(op, backend, weight)
-
-
-def _extension() -> ModuleType:
-    module = extension()
-    assert module is not None
-    return module
 
 
 def _check_weight(op: str, weight: torch.Tensor) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from maskprune.ops.rows import DTYPES, choose_floats, compiled
+from maskprune.ops.backend import DTYPE_CODES, FLOATS, Backend, choose, compiled
+from maskprune.ops.register import register
 
 # Which two of four consecutive inputs each candidate keeps: 1100, 1010, 1001, 0110, 0101, 0011.
 SLOTS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
@@ -53,12 +54,12 @@ def gumbel_two_four(
         logits: pi (6, O, I / 4) float32 (float64 with float64 weights), one plane per candidate in
             the order 1100, 1010, 1001, 0110, 0101, 0011; made contiguous if it is not.
         seed: int, or 0-dim int64 tensor; either has the 64 bits of int64.
-        kappa, tau: floats, or 0-dim tensors of the dtype of `logits` (their values are not
-            looked at: kappa >= 0 and tau >= 2^-100 are up to the caller).
+        kappa, tau: floats, or 0-dim tensors of the dtype of `logits`, whose values are not checked:
+            the caller sees to kappa >= 0 and tau >= 2^-100.
         backend: "auto", "reference", "cpp" or "triton"; `auto` leaves float64 to the reference.
 
-    Tensors are on one device. Nothing waits for a CUDA device; a number costs a kernel that
-    fills a tensor with it, so a loop over layers does better with tensors.
+    Tensors are on one device. The host never waits for a CUDA device. There a number is first
+    written to a tensor, by a kernel of its own: in a loop over layers, pass tensors.
 
     Returns:
         masked: (O, I), contiguous, the dtype of W.
@@ -75,8 +76,8 @@ def gumbel_two_four(
     """
     if weight.requires_grad:
         raise ValueError(
-            "gumbel_two_four: weight requires grad; expected a frozen weight, whose gradient "
-            "nobody computes; pass weight.detach()"
+            "gumbel_two_four: weight requires grad; expected a frozen weight, since only the "
+            "logits get a gradient; pass weight.detach()"
         )
     if weight.dim() != 2 or weight.shape[1] % 4:
         raise ValueError(
@@ -237,7 +238,7 @@ def cpp_forward(
     """The compiled forward; `isa` forces "avx512", "avx2" or "portable"."""
     W, pi = weight.contiguous(), logits.contiguous()
     masked, norm_sq = torch.empty(W.shape, dtype=W.dtype), torch.empty((), dtype=pi.dtype)
-    compiled("gumbel_two_four", weight).gumbel_two_four_forward(
+    compiled().gumbel_two_four_forward(
         W.data_ptr(),
         pi.data_ptr(),
         masked.data_ptr(),
@@ -246,9 +247,9 @@ def cpp_forward(
         seed.item(),
         kappa.item(),
         tau.item(),
-        DTYPES[W.dtype],
-        isa,
+        DTYPE_CODES[W.dtype],
         torch.get_num_threads(),
+        isa,
     )
     return masked, norm_sq
 
@@ -266,7 +267,7 @@ def cpp_backward(
     """The compiled gradient: dlogits."""
     d, W, pi = dmasked.contiguous(), weight.contiguous(), logits.contiguous()
     dlogits = torch.empty(pi.shape, dtype=pi.dtype)
-    compiled("gumbel_two_four", weight).gumbel_two_four_backward(
+    compiled().gumbel_two_four_backward(
         d.data_ptr(),
         dnorm_sq.item(),
         W.data_ptr(),
@@ -276,9 +277,9 @@ def cpp_backward(
         seed.item(),
         kappa.item(),
         tau.item(),
-        DTYPES[W.dtype],
-        isa,
+        DTYPE_CODES[W.dtype],
         torch.get_num_threads(),
+        isa,
     )
     return dlogits
 
@@ -286,8 +287,7 @@ def cpp_backward(
 def cpp_noise(seed: torch.Tensor, groups: int, first: int = 0, isa: str = "auto") -> torch.Tensor:
     """`noise` as the compiled forward draws it, int32."""
     n = torch.empty((6, groups), dtype=torch.int32)
-    module = compiled("gumbel_two_four", n.float())
-    module.gumbel_two_four_noise(seed.item(), first, groups, n.data_ptr(), isa)
+    compiled().gumbel_two_four_noise(seed.item(), first, groups, n.data_ptr(), isa)
     return n
 
 
@@ -299,10 +299,10 @@ def _forward(
     tau: torch.Tensor,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    match choose_floats("gumbel_two_four", backend, weight):
-        case "cpp":
+    match choose("gumbel_two_four", backend, weight, dtypes=FLOATS):
+        case Backend.CPP:
             return cpp_forward(weight, logits, seed, kappa, tau)
-        case "triton":
+        case Backend.TRITON:
             from maskprune.kernels.gumbel_two_four import forward
 
             return forward(weight.contiguous(), logits.contiguous(), seed, kappa, tau)
@@ -320,10 +320,10 @@ def _backward(
     tau: torch.Tensor,
     backend: str,
 ) -> torch.Tensor:
-    match choose_floats("gumbel_two_four", backend, weight):
-        case "cpp":
+    match choose("gumbel_two_four", backend, weight, dtypes=FLOATS):
+        case Backend.CPP:
             return cpp_backward(dmasked, dnorm_sq, weight, logits, seed, kappa, tau)
-        case "triton":
+        case Backend.TRITON:
             from maskprune.kernels.gumbel_two_four import backward
 
             d, W = dmasked.contiguous(), weight.contiguous()
@@ -352,41 +352,17 @@ def _no_second_gradients(ctx: Any, ddlogits: torch.Tensor) -> None:
     )
 
 
-_OP, _BACKWARD = "maskprune::gumbel_two_four", "maskprune::gumbel_two_four_backward"
 _INPUTS = "Tensor weight, Tensor logits, Tensor seed, Tensor kappa, Tensor tau, str backend"
-torch.library.define(_OP, f"({_INPUTS}) -> (Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag)
-torch.library.define(
-    _BACKWARD,
-    f"(Tensor dmasked, Tensor dnorm_sq, {_INPUTS}) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
+register(
+    f"gumbel_two_four({_INPUTS}) -> (Tensor, Tensor)",
+    _forward,
+    lambda weight, logits, *_: (weight.new_empty(weight.shape), logits.new_empty(())),
+    gradients=_gradients,
+    save=_save,
 )
-torch.library.impl(_OP, "default", _forward)
-torch.library.impl(_BACKWARD, "default", _backward)
-torch.library.register_autograd(_OP, _gradients, setup_context=_save)
-torch.library.register_autograd(_BACKWARD, _no_second_gradients)
-
-
-@torch.library.register_fake(_OP)
-def _fake_forward(
-    weight: torch.Tensor,
-    logits: torch.Tensor,
-    seed: torch.Tensor,
-    kappa: torch.Tensor,
-    tau: torch.Tensor,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return weight.new_empty(weight.shape), logits.new_empty(())
-
-
-@torch.library.register_fake(_BACKWARD)
-def _fake_backward(
-    dmasked: torch.Tensor,
-    dnorm_sq: torch.Tensor,
-    weight: torch.Tensor,
-    logits: torch.Tensor,
-    seed: torch.Tensor,
-    kappa: torch.Tensor,
-    tau: torch.Tensor,
-    backend: str,
-) -> torch.Tensor:
-    return logits.new_empty(logits.shape)
+register(
+    f"gumbel_two_four_backward(Tensor dmasked, Tensor dnorm_sq, {_INPUTS}) -> Tensor",
+    _backward,
+    lambda dmasked, dnorm_sq, weight, logits, *_: logits.new_empty(logits.shape),
+    gradients=_no_second_gradients,
+)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from maskprune.ops.register import register
+
 KL_DIRECTIONS = ("teacher_student", "student_teacher")
 # Of one chunk's logits in the dtype they are computed in; three or four of that size are alive.
 CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}
@@ -240,18 +242,6 @@ def _gradients(ctx: Any, upstream: torch.Tensor, _: Any) -> tuple[torch.Tensor |
     return ((gradient * (upstream / ctx.tokens)).to(gradient.dtype), *[None] * 8)
 
 
-_OP = "maskprune::linear_kl"
-torch.library.define(
-    _OP,
-    "(Tensor student, Tensor teacher, Tensor weight, Tensor? bias, float scale, float? softcap,"
-    " bool reverse, int chunk, bool with_gradient) -> (Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.impl(_OP, "default", _forward)
-torch.library.register_autograd(_OP, _gradients, setup_context=_save)
-
-
-@torch.library.register_fake(_OP)
 def _fake(
     student: torch.Tensor,
     teacher: torch.Tensor,
@@ -267,3 +257,13 @@ def _fake(
     return student.new_empty((), dtype=work), torch.empty_like(
         student if with_gradient else student[:0]
     )
+
+
+register(
+    "linear_kl(Tensor student, Tensor teacher, Tensor weight, Tensor? bias, float scale,"
+    " float? softcap, bool reverse, int chunk, bool with_gradient) -> (Tensor, Tensor)",
+    _forward,
+    _fake,
+    gradients=_gradients,
+    save=_save,
+)

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from maskprune.ops.rows import DTYPES, as_rows, choose_floats, compiled
+from maskprune.ops.backend import DTYPE_CODES, FLOATS, Backend, choose, compiled
+from maskprune.ops.register import register
+from maskprune.ops.rows import as_rows
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 
@@ -106,7 +108,7 @@ def cpp_forward(
     """The compiled forward; `isa` forces "avx512", "avx2" or "portable"."""
     g, u, m = as_rows(gate, mask.numel()), as_rows(up, mask.numel()), mask.contiguous()
     out = torch.empty(gate.shape, dtype=gate.dtype)
-    compiled("masked_swiglu", gate).masked_swiglu_forward(
+    compiled().masked_swiglu_forward(
         g.data_ptr(),
         g.stride(0),
         u.data_ptr(),
@@ -114,10 +116,10 @@ def cpp_forward(
         m.data_ptr(),
         out.data_ptr(),
         *g.shape,
-        DTYPES[gate.dtype],
+        DTYPE_CODES[gate.dtype],
         activation,
-        isa,
         torch.get_num_threads(),
+        isa,
     )
     return out
 
@@ -135,7 +137,7 @@ def cpp_backward(
     m = mask.contiguous()
     dgate, dup = torch.empty(gate.shape, dtype=gate.dtype), torch.empty(up.shape, dtype=up.dtype)
     dmask = torch.empty(mask.shape, dtype=mask.dtype)
-    compiled("masked_swiglu", gate).masked_swiglu_backward(
+    compiled().masked_swiglu_backward(
         d.data_ptr(),
         d.stride(0),
         g.data_ptr(),
@@ -147,10 +149,10 @@ def cpp_backward(
         dup.data_ptr(),
         dmask.data_ptr(),
         *g.shape,
-        DTYPES[gate.dtype],
+        DTYPE_CODES[gate.dtype],
         activation,
-        isa,
         torch.get_num_threads(),
+        isa,
     )
     return dgate, dup, dmask
 
@@ -158,10 +160,10 @@ def cpp_backward(
 def _forward(
     gate: torch.Tensor, up: torch.Tensor, mask: torch.Tensor, activation: str, backend: str
 ) -> torch.Tensor:
-    match choose_floats("masked_swiglu", backend, gate):
-        case "cpp":
+    match choose("masked_swiglu", backend, gate, dtypes=FLOATS):
+        case Backend.CPP:
             return cpp_forward(gate, up, mask, activation)
-        case "triton":
+        case Backend.TRITON:
             from maskprune.kernels.masked_swiglu import forward
 
             g, u = (as_rows(x, mask.numel()) for x in (gate, up))
@@ -177,10 +179,10 @@ def _backward(
     activation: str,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    match choose_floats("masked_swiglu", backend, gate):
-        case "cpp":
+    match choose("masked_swiglu", backend, gate, dtypes=FLOATS):
+        case Backend.CPP:
             return cpp_backward(dout, gate, up, mask, activation)
-        case "triton":
+        case Backend.TRITON:
             from maskprune.kernels.masked_swiglu import backward
 
             d, g, u = (as_rows(x, mask.numel()) for x in (dout, gate, up))
@@ -202,37 +204,16 @@ def _gradients(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return (*grads, None, None)
 
 
-_OP, _BACKWARD = "maskprune::masked_swiglu", "maskprune::masked_swiglu_backward"
-torch.library.define(
-    _OP,
-    "(Tensor gate, Tensor up, Tensor mask, str activation, str backend) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
+_INPUTS = "Tensor gate, Tensor up, Tensor mask, str activation, str backend"
+register(
+    f"masked_swiglu({_INPUTS}) -> Tensor",
+    _forward,
+    lambda gate, up, mask, activation, backend: gate.new_empty(gate.shape),
+    gradients=_gradients,
+    save=_save,
 )
-torch.library.define(
-    _BACKWARD,
-    "(Tensor dout, Tensor gate, Tensor up, Tensor mask, str activation, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
+register(
+    f"masked_swiglu_backward(Tensor dout, {_INPUTS}) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    lambda dout, gate, up, mask, *_: tuple(x.new_empty(x.shape) for x in (gate, up, mask)),
 )
-torch.library.impl(_OP, "default", _forward)
-torch.library.impl(_BACKWARD, "default", _backward)
-torch.library.register_autograd(_OP, _gradients, setup_context=_save)
-
-
-@torch.library.register_fake(_OP)
-def _fake_forward(
-    gate: torch.Tensor, up: torch.Tensor, mask: torch.Tensor, activation: str, backend: str
-) -> torch.Tensor:
-    return gate.new_empty(gate.shape)
-
-
-@torch.library.register_fake(_BACKWARD)
-def _fake_backward(
-    dout: torch.Tensor,
-    gate: torch.Tensor,
-    up: torch.Tensor,
-    mask: torch.Tensor,
-    activation: str,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return gate.new_empty(gate.shape), up.new_empty(up.shape), mask.new_empty(mask.shape)

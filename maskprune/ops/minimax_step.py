@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from maskprune.ops.backend import choose, extension
+from maskprune.ops.backend import Backend, choose, compiled
 from maskprune.ops.least_s_prox import least_s_prox_
 
 # Where each scalar lives in the float32 state vector on the device.
@@ -113,12 +113,12 @@ def minimax_step_(
     """
     _check(head, ffn, state, table)
     chosen = choose("minimax_step_", backend, ffn)
-    if chosen == "triton" and backend == "auto" and head.shape[1] > TRITON_HEAD_UNITS:
-        chosen = "reference"
+    if chosen == Backend.TRITON and backend == "auto" and head.shape[1] > TRITON_HEAD_UNITS:
+        chosen = Backend.REFERENCE
     match chosen:
-        case "cpp":
+        case Backend.CPP:
             cpp(head, ffn, state, table, rates)
-        case "triton":
+        case Backend.TRITON:
             triton(head, ffn, state, table, rates)
         case _:
             reference(head, ffn, state, table, rates)
@@ -241,11 +241,9 @@ def cpp(
     isa: str = "auto",
 ) -> None:
     """The C++ backend; `isa` is one of `least_s_prox.ISAS`."""
-    lib = extension()
-    assert lib is not None, "choose() lets nothing through without the extension"
     for changed in (head, ffn, state):
         torch.autograd.graph.increment_version(changed)
-    lib.minimax_step(
+    compiled().minimax_step(
         head.data_ptr(),
         *head.shape,
         ffn.data_ptr(),

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
-from maskprune.ops.rows import DTYPES, as_rows, choose_floats, compiled
+from maskprune.ops.backend import DTYPE_CODES, FLOATS, Backend, choose, compiled
+from maskprune.ops.register import register
+from maskprune.ops.rows import as_rows
 
 
 def scale_heads(x: torch.Tensor, mask: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
@@ -73,10 +75,9 @@ def reference_backward(
 
 def cpp_forward(x: torch.Tensor, mask: torch.Tensor, isa: str = "auto") -> torch.Tensor:
     """The compiled forward; `isa` forces "avx512", "avx2" or "portable"."""
-    module = compiled("scale_heads", x)
     rows, m = as_rows(x, x.shape[-1]), mask.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype)
-    module.scale_heads_forward(
+    compiled().scale_heads_forward(
         rows.data_ptr(),
         rows.stride(0),
         m.data_ptr(),
@@ -84,9 +85,9 @@ def cpp_forward(x: torch.Tensor, mask: torch.Tensor, isa: str = "auto") -> torch
         rows.shape[0],
         m.numel(),
         x.shape[-1] // m.numel(),
-        DTYPES[x.dtype],
-        isa,
+        DTYPE_CODES[x.dtype],
         torch.get_num_threads(),
+        isa,
     )
     return out
 
@@ -95,10 +96,9 @@ def cpp_backward(
     dout: torch.Tensor, x: torch.Tensor, mask: torch.Tensor, isa: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The compiled gradients: dx, dmask."""
-    module = compiled("scale_heads", x)
     d, rows, m = as_rows(dout, x.shape[-1]), as_rows(x, x.shape[-1]), mask.contiguous()
     dx, dmask = torch.empty(x.shape, dtype=x.dtype), torch.empty(mask.shape, dtype=mask.dtype)
-    module.scale_heads_backward(
+    compiled().scale_heads_backward(
         d.data_ptr(),
         d.stride(0),
         rows.data_ptr(),
@@ -109,18 +109,18 @@ def cpp_backward(
         rows.shape[0],
         m.numel(),
         x.shape[-1] // m.numel(),
-        DTYPES[x.dtype],
-        isa,
+        DTYPE_CODES[x.dtype],
         torch.get_num_threads(),
+        isa,
     )
     return dx, dmask
 
 
 def _forward(x: torch.Tensor, mask: torch.Tensor, backend: str) -> torch.Tensor:
-    match choose_floats("scale_heads", backend, x):
-        case "cpp":
+    match choose("scale_heads", backend, x, dtypes=FLOATS):
+        case Backend.CPP:
             return cpp_forward(x, mask)
-        case "triton":
+        case Backend.TRITON:
             from maskprune.kernels.scale_heads import forward
 
             return forward(as_rows(x, x.shape[-1]), mask.contiguous()).view(x.shape)
@@ -130,10 +130,10 @@ def _forward(x: torch.Tensor, mask: torch.Tensor, backend: str) -> torch.Tensor:
 def _backward(
     dout: torch.Tensor, x: torch.Tensor, mask: torch.Tensor, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    match choose_floats("scale_heads", backend, x):
-        case "cpp":
+    match choose("scale_heads", backend, x, dtypes=FLOATS):
+        case Backend.CPP:
             return cpp_backward(dout, x, mask)
-        case "triton":
+        case Backend.TRITON:
             from maskprune.kernels.scale_heads import backward
 
             d, rows = as_rows(dout, x.shape[-1]), as_rows(x, x.shape[-1])
@@ -153,27 +153,15 @@ def _gradients(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return dx, dmask, None
 
 
-_OP, _BACKWARD = "maskprune::scale_heads", "maskprune::scale_heads_backward"
-torch.library.define(
-    _OP, "(Tensor x, Tensor mask, str backend) -> Tensor", tags=torch.Tag.pt2_compliant_tag
+register(
+    "scale_heads(Tensor x, Tensor mask, str backend) -> Tensor",
+    _forward,
+    lambda x, mask, backend: x.new_empty(x.shape),
+    gradients=_gradients,
+    save=_save,
 )
-torch.library.define(
-    _BACKWARD,
-    "(Tensor dout, Tensor x, Tensor mask, str backend) -> (Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
+register(
+    "scale_heads_backward(Tensor dout, Tensor x, Tensor mask, str backend) -> (Tensor, Tensor)",
+    _backward,
+    lambda dout, x, mask, backend: (x.new_empty(x.shape), mask.new_empty(mask.shape)),
 )
-torch.library.impl(_OP, "default", _forward)
-torch.library.impl(_BACKWARD, "default", _backward)
-torch.library.register_autograd(_OP, _gradients, setup_context=_save)
-
-
-@torch.library.register_fake(_OP)
-def _fake_forward(x: torch.Tensor, mask: torch.Tensor, backend: str) -> torch.Tensor:
-    return x.new_empty(x.shape)
-
-
-@torch.library.register_fake(_BACKWARD)
-def _fake_backward(
-    dout: torch.Tensor, x: torch.Tensor, mask: torch.Tensor, backend: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape), mask.new_empty(mask.shape)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from maskprune import ops
-from maskprune.ops.backend import extension
-from maskprune.ops.fold import DTYPE_CODES, scale_exactly
+from maskprune.ops.backend import BYTES, DTYPE_CODES, extension
+from maskprune.ops.fold import scale_exactly
 from maskprune.streaming.lora import TORCH_DTYPES, Lora
 from maskprune.streaming.progress import ByteProgress
 from maskprune.streaming.safetensors_file import Planned, Stored
@@ -126,7 +126,7 @@ class Mover:
                 continue
             raw = bytearray((stop - start) * job.in_bytes)
             _read_all(source, raw, job.in_at + start * job.in_bytes)
-            if job.dtype_code >= 0:
+            if job.dtype_code != BYTES:
                 w = torch.frombuffer(raw, dtype=TORCH_DTYPES[move.source.dtype])
                 w = w.reshape(stop - start, job.width)
                 raw = _bytes_of(job.transform(w, start, first, last, factors, move.lora))
@@ -143,7 +143,7 @@ class _Job:
     width: int
     out_width: int
     item: int
-    dtype_code: int = -1
+    dtype_code: int = BYTES
     keep_rows: torch.Tensor | None = None
     row_scale: torch.Tensor | None = None
     keep_columns: torch.Tensor | None = None

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.harness import Times, interleaved, measure, read_rows, same_as, timing, write_rows
+from benchmarks.harness.__main__ import main as print_table
 
 ROOT = Path(__file__).parents[2]
 ROW = {"op": "double", "provider": "mul", "N": 4, "median_ms": 1.0, "checked": True}
@@ -108,8 +109,19 @@ def test_rows_are_added_kept_and_replaced_only_on_request(tmp_path):
     assert [row["median_ms"] for row in read_rows(path)] == [1.0, 2.0, 1.0]
     write_rows(path, [{**ROW, "median_ms": 3.0}], overwrite=True)
     assert [(row["N"], row["median_ms"]) for row in read_rows(path)] == [(8, 1.0), (4, 3.0)]
-    assert path.with_suffix(".csv").read_text().splitlines()[0].startswith("op,provider,N")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["rows.csv", "rows.jsonl"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_of_rows_prints_as_a_table(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, [ROW, {**ROW, "N": 8, "speedup": 2.5}])
+    monkeypatch.setattr("sys.argv", ["rows", str(path), "--columns", "op", "N", "speedup"])
+    print_table()
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["op", "N", "speedup"],
+        ["double", "4", "-"],
+        ["double", "8", "2.5"],
+    ]
 
 
 def test_pytest_benchmark_gives_the_same_row_or_only_checks(benchmark):

@@ -271,7 +271,7 @@ def test_a_run_writes_rows_and_plots_and_compares(tmp_path, capsys):
         assert row["p10_ms"] <= row["median_ms"] <= row["p90_ms"]
         assert row["noisy"] == (row["noise"] > 0.03)
     assert read_rows(committed) == rows
-    assert (out / "rows.csv").is_file() and (out / "batch-tiny-eager.png").stat().st_size > 10_000
+    assert (out / "rows.jsonl").is_file() and (out / "batch-tiny-eager.png").stat().st_size > 10_000
     assert "tiny float32, sparsity 0.5, prefill eager" in capsys.readouterr().out
     assert latency.main(["--compare", str(committed), str(out / "rows.jsonl")]) == 0
     shown = capsys.readouterr().out

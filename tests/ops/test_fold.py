@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from backends import skip_unless_available, skip_without_extension
 
 from maskprune import ops
-from maskprune.ops.backend import extension
-from maskprune.ops.fold import DTYPE_CODES, fold_columns_reference, scale_exactly
+from maskprune.ops.backend import DTYPE_CODES, compiled, extension
+from maskprune.ops.fold import fold_columns_reference, scale_exactly
+from maskprune.ops.least_s_prox import ISAS
 
 INTS = {torch.float32: torch.int32, torch.float64: torch.int64}
-ISAS = ("portable", "avx2", "avx512")
+BACKENDS = ["reference", "cpp"]
 SIZES = [(1, 1, 1), (3, 63, 20), (7, 100, 100), (5, 1000, 513), (2, 4097, 2049), (33, 31, 17)]
 DTYPES = pytest.mark.parametrize("dtype", list(DTYPE_CODES), ids=str)
 
@@ -51,36 +53,24 @@ def some(columns: int, kept: int, seed: int = 2) -> torch.Tensor:
     return order[:kept].sort().values
 
 
-@pytest.fixture(params=["reference", "cpp"])
-def backend(request: pytest.FixtureRequest) -> str:
-    if request.param == "cpp" and extension() is None:
-        pytest.skip("the C++ extension is not built")
-    return request.param
-
-
 @pytest.fixture(params=ISAS)
 def fold_with_isa(request: pytest.FixtureRequest):
-    module = extension()
-    if module is None:
-        pytest.skip("the C++ extension is not built")
+    skip_unless_available(f"cpp:{request.param}")
 
     def fold(weight, scale, keep, threads=1):
         factors = scale[keep]
         out = weight.new_empty(weight.shape[0], keep.numel())
-        try:
-            module.fold_columns(
-                weight.data_ptr(),
-                *weight.shape,
-                DTYPE_CODES[weight.dtype],
-                keep.data_ptr(),
-                keep.numel(),
-                factors.data_ptr(),
-                out.data_ptr(),
-                threads,
-                request.param,
-            )
-        except ValueError as error:
-            pytest.skip(str(error))
+        compiled().fold_columns(
+            weight.data_ptr(),
+            *weight.shape,
+            DTYPE_CODES[weight.dtype],
+            keep.data_ptr(),
+            keep.numel(),
+            factors.data_ptr(),
+            out.data_ptr(),
+            threads,
+            request.param,
+        )
         return out
 
     return fold
@@ -137,8 +127,7 @@ def test_denormals_survive(backend):
 
 
 def test_denormals_survive_a_process_that_flushes_them():
-    module = extension()
-    if module is None or not torch.set_flush_denormal(True):
+    if extension() is None or not torch.set_flush_denormal(True):
         torch.set_flush_denormal(False)
         pytest.skip("needs the C++ extension and a CPU that can flush denormals")
     try:
@@ -212,9 +201,8 @@ def test_views_are_read_right_and_inputs_stay_as_they_are(backend):
 
 
 def test_a_second_thread_is_used():
-    module = extension()
-    if module is None:
-        pytest.skip("the C++ extension is not built")
+    skip_without_extension()
+    module = compiled()
     weight, scale = torch.randn(1024, 1024), torch.rand(1024)
     keep = torch.arange(1024)
     out = torch.empty_like(weight)

@@ -4,13 +4,13 @@ import sys
 
 import pytest
 import torch
+from backends import DEVICE, available_isas, skip_without_extension
 from torch.autograd import gradcheck
 
 from maskprune import ops
-from maskprune.ops.backend import extension, unavailable
+from maskprune.ops.backend import extension
 
 gumbel = sys.modules["maskprune.ops.gumbel_two_four"]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((1, 4), (3, 28), (17, 252), (40, 100), (9, 4096))
 # kappa and tau of MaskLLM: at the start of its run, at the end, and neutral.
@@ -22,13 +22,6 @@ FLOOR = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-
 # What the approximate logarithm of CUDA may add to g; tests/test_gumbel_noise.py derives it.
 APPROXIMATE_G = 5e-6
 SEEDS = (0, 1, 2**31, 2**32 - 1, 2**32, 0x299F31D0A4093822, -1, -(2**63))
-
-
-@pytest.fixture(params=["reference", "cpp", "triton"])
-def backend(request):
-    if reason := unavailable(request.param, torch.device(DEVICE)):
-        pytest.skip(reason)
-    return request.param
 
 
 def tensors(rows, width, dtype=torch.float32, generator_seed=0, std=0.01):
@@ -96,17 +89,6 @@ def hard(backend, logits, seed, kappa):
     return (kept[..., None, :] == pairs).all(-1).int().argmax(-1).flatten()
 
 
-def available_isas():
-    found = []
-    for isa in ("portable", "avx2", "avx512"):
-        try:
-            gumbel.cpp_noise(torch.tensor(0), 1, isa=isa)
-            found.append(isa)
-        except ValueError as error:
-            assert "not on this machine" in str(error)
-    return found
-
-
 @pytest.mark.parametrize("first", [0, 5, 2**32 - 3, 2**40 + 1])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_every_backend_draws_the_same_integers(backend, seed, first):
@@ -150,12 +132,12 @@ def test_worked_example(backend):
 @pytest.mark.parametrize("rows, width", SHAPES)
 def test_is_as_near_to_float64_as_plain_torch(backend, dtype, rows, width, kappa, tau):
     inputs = tensors(rows, width, dtype)
-    truncates = backend == "triton" and DEVICE == "cpu" and dtype == torch.bfloat16
+    truncates = backend == "triton" and DEVICE.type == "cpu" and dtype == torch.bfloat16
     budget = TRUNCATION_BUDGET if truncates else ERROR_BUDGET
     exact = plain(doubles(inputs), 7, kappa, tau)
     usual = plain(inputs, 7, kappa, tau)
     results = run(backend, inputs, 7, kappa, tau)
-    approximate = APPROXIMATE_G / tau if (backend, DEVICE) == ("triton", "cuda") else 0.0
+    approximate = APPROXIMATE_G / tau if (backend, DEVICE.type) == ("triton", "cuda") else 0.0
     # What kappa * pi + g loses to float32 at its size here, as a share of p.
     inherent = 16 * 2.0**-24 / tau
     for name, got, torchs, want in zip(
@@ -324,8 +306,7 @@ def test_the_smallest_temperature_is_a_hard_mask(backend):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_instruction_set_and_thread_count_gives_the_same_bits(dtype):
-    if extension() is None:
-        pytest.skip(unavailable("cpp", torch.device("cpu")))
+    skip_without_extension()
     # Three work items, the last of them ragged.
     W, dmasked, logits, dnorm_sq = (x.cpu() for x in tensors(300, 500, dtype))
     scalars = torch.tensor(5), torch.tensor(100.0), torch.tensor(0.5)
@@ -409,7 +390,7 @@ def test_compiles_as_one_graph(backend, as_tensor):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a CUDA device")
 def test_nothing_waits_for_the_device():
     W, dmasked, logits, dnorm_sq = tensors(64, 256, torch.bfloat16)
     torch.cuda.set_sync_debug_mode("error")

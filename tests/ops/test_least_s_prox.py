@@ -4,47 +4,31 @@ import math
 
 import pytest
 import torch
+from backends import DEVICE, available_isas, skip_unless_available, skip_without_extension
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from maskprune import ops
-from maskprune.ops.backend import extension, unavailable
 from maskprune.ops.least_s_prox import ISAS, LeastS, cpp, reference
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BACKENDS = ["reference", *(f"cpp:{isa}" for isa in ISAS), "triton"]
 SUM_RTOL = 2e-6
 NAN = float("nan")
 
 
-def prox_by(name):
-    """(mask, s, shrink) -> LeastS by the backend called `name`, as a function with a device."""
-    backend, _, isa = name.partition(":")
-    device = DEVICE if backend == "triton" else torch.device("cpu")
+@pytest.fixture
+def prox(backend):
+    """(mask, s, shrink) -> LeastS by one backend, as a function with a device."""
+    name, _, isa = backend.partition(":")
 
     def run(mask, s, shrink):
         s = torch.as_tensor(s, dtype=torch.float32, device=mask.device)
         if isa:
             return cpp(mask, s, torch.as_tensor(shrink, dtype=torch.float32), isa)
-        return ops.least_s_prox_(mask, s, shrink, backend=backend)
+        return ops.least_s_prox_(mask, s, shrink, backend=name)
 
-    run.device, run.interpreted = device, backend == "triton" and device.type == "cpu"
+    run.device = DEVICE if name == "triton" else torch.device("cpu")
+    run.interpreted = name == "triton" and DEVICE.type == "cpu"
     return run
-
-
-NAMES = ["reference", *(f"cpp:{isa}" for isa in ISAS), "triton"]
-
-
-@pytest.fixture(params=NAMES)
-def prox(request):
-    backend, _, isa = request.param.partition(":")
-    device = DEVICE if backend == "triton" else torch.device("cpu")
-    if reason := unavailable(backend, device) if backend != "reference" else None:
-        pytest.skip(reason)
-    if isa:
-        try:
-            cpp(torch.zeros(1, 1), torch.tensor(0.0), torch.tensor(1.0), isa)
-        except ValueError as error:
-            pytest.skip(str(error))
-    return prox_by(request.param)
 
 
 INF = float("inf")
@@ -217,57 +201,20 @@ def test_two_runs_agree_to_the_bit(prox):
 
 
 def test_instruction_sets_and_threads_agree_to_the_bit():
-    if extension() is None:
-        pytest.skip("the C++ extension is not built")
+    skip_without_extension()
     threads = torch.get_num_threads()
     results = []
     try:
-        for isa in ISAS:
+        for isa in available_isas():
             for count in (1, 2, 3):
                 torch.set_num_threads(count)
                 mask = rows_of("zeros", 7, 9001)
-                try:
-                    result = cpp(mask, torch.tensor(4321.0), torch.tensor(0.3), isa)
-                except ValueError:
-                    continue
+                result = cpp(mask, torch.tensor(4321.0), torch.tensor(0.3), isa)
                 results.append(torch.cat([mask.flatten(), *result]))
     finally:
         torch.set_num_threads(threads)
-    assert len(results) >= 6
+    assert len(results) >= 3
     assert all(torch.equal(results[0], other) for other in results)
-
-
-FOREACH = ["reference", "cpp", "triton"]
-
-
-@pytest.mark.parametrize("backend", FOREACH)
-@pytest.mark.parametrize("lengths", [(64, 64, 64), (7, 1000, 0, 63, 2500), (1,), (4096, 4100)])
-def test_foreach_equals_row_by_row(backend, lengths):
-    device = DEVICE if backend == "triton" else torch.device("cpu")
-    if backend != "reference" and (reason := unavailable(backend, device)):
-        pytest.skip(reason)
-    masks = [rows_of("quantised", 1, n, seed=i)[0] for i, n in enumerate(lengths)]
-    s = torch.tensor([0.4 * n for n in lengths])
-    expected = [m.clone() for m in masks]
-    each = [reference(m[None], s[i, None], torch.tensor(0.5)) for i, m in enumerate(expected)]
-    masks = [m.to(device) for m in masks]
-    result = ops.foreach_least_s_prox_(masks, s.to(device), 0.5, backend=backend)
-    for got, want in zip(masks, expected, strict=True):
-        assert torch.equal(got.cpu(), want)
-    assert torch.equal(result.next_sq.cpu(), torch.cat([e.next_sq for e in each]))
-    torch.testing.assert_close(
-        result.sum_sq.cpu(), torch.cat([e.sum_sq for e in each]), rtol=SUM_RTOL, atol=0
-    )
-
-
-@pytest.mark.parametrize("backend", FOREACH)
-def test_one_s_serves_all_rows_of_foreach(backend):
-    device = DEVICE if backend == "triton" else torch.device("cpu")
-    if backend != "reference" and (reason := unavailable(backend, device)):
-        pytest.skip(reason)
-    masks = [torch.ones(n, device=device) for n in (5, 200)]
-    ops.foreach_least_s_prox_(masks, torch.tensor(3.0, device=device), 0.5, backend=backend)
-    assert [int((m == 0.5).sum()) for m in masks] == [3, 3]
 
 
 ERRORS = {
@@ -297,17 +244,9 @@ def test_errors_say_given_expected_do(case):
         ops.least_s_prox_(mask, s, shrink, backend=backend)
 
 
-def test_errors_of_foreach():
-    with pytest.raises(ValueError, match="masks is empty"):
-        ops.foreach_least_s_prox_([], 1.0, 0.5)
-    with pytest.raises(ValueError, match=r"masks\[1\] is \(2, 2\) on cpu; expected 1-D"):
-        ops.foreach_least_s_prox_([torch.ones(2), torch.ones(2, 2)], 1.0, 0.5)
-
-
 def test_unknown_instruction_set_is_refused():
-    if extension() is None:
-        pytest.skip("the C++ extension is not built")
-    with pytest.raises(ValueError, match="isa 'neon' does not run on this machine"):
+    skip_without_extension()
+    with pytest.raises(ValueError, match='least_s_prox_: instruction set "neon" is unknown or not'):
         cpp(torch.ones(1, 2), torch.tensor(1.0), torch.tensor(0.5), "neon")
 
 
@@ -320,37 +259,32 @@ def test_parameters_are_changed_outside_autograd():
         loss.backward()
 
 
-@pytest.fixture(params=["reference", "cpp"])
-def prox_backend(request):
-    if request.param == "cpp" and extension() is None:
-        pytest.skip("the C++ extension is not built")
-    return request.param
+REGISTERED = pytest.mark.parametrize("name", ["reference", "cpp"])
 
 
-def test_opcheck(prox_backend):
+@REGISTERED
+def test_opcheck(name):
+    skip_unless_available(name)
     s, shrink = torch.tensor([2.0, 5.0]), torch.tensor(0.5)
     torch.library.opcheck(
-        torch.ops.maskprune.least_s_prox_.default, (torch.rand(2, 40), s, shrink, prox_backend)
-    )
-    masks = [torch.rand(40), torch.rand(7)]
-    torch.library.opcheck(
-        torch.ops.maskprune.foreach_least_s_prox_.default, (masks, s, shrink, prox_backend)
+        torch.ops.maskprune.least_s_prox_.default, (torch.rand(2, 40), s, shrink, name)
     )
 
 
 def test_fake_tensors_meet_the_registered_operation():
     with FakeTensorMode():
         result = ops.least_s_prox_(torch.empty(3, 8), 2.0, 0.5)
-        each = ops.foreach_least_s_prox_([torch.empty(8), torch.empty(5)], 2.0, 0.5)
-    assert type(result.sum_sq) is type(each.next_sq) is FakeTensor
-    assert result.sum_sq.shape == (3,) and each.next_sq.shape == (2,)
+    assert type(result.sum_sq) is type(result.next_sq) is FakeTensor
+    assert result.sum_sq.shape == result.next_sq.shape == (3,)
 
 
+@REGISTERED
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_s_and_shrink_that_require_gradients_pass_none_on(prox_backend, dtype):
+def test_s_and_shrink_that_require_gradients_pass_none_on(name, dtype):
+    skip_unless_available(name)
     s, shrink = (torch.tensor(x, dtype=dtype, requires_grad=True) for x in (3.0, 0.5))
     mask = torch.ones(1, 8)
-    result = ops.least_s_prox_(mask, s, shrink, backend=prox_backend)
+    result = ops.least_s_prox_(mask, s, shrink, backend=name)
     assert mask.tolist() == [[0.5] * 3 + [1.0] * 5] and not mask.requires_grad
     assert result.sum_sq.tolist() == [0.75] and not result.sum_sq.requires_grad
 

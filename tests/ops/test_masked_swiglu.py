@@ -5,26 +5,19 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from backends import DEVICE, available_isas, skip_without_extension
 from torch.autograd import gradcheck
 
 from maskprune import ops
-from maskprune.ops.backend import extension, unavailable
+from maskprune.ops.backend import extension
 
 swiglu = sys.modules["maskprune.ops.masked_swiglu"]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDTHS = ((1, 1), (3, 7), (17, 63), (40, 100), (20, 1536), (2, 11008))
 # Of torch's own error in the same dtype; the interpreter truncates to bfloat16 instead of rounding.
 ERROR_BUDGET, TRUNCATION_BUDGET = 2.0, 4.0
 # One unit in the last place of the largest value, where torch's own error happens to be zero.
 FLOOR = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-
-
-@pytest.fixture(params=["reference", "cpp", "triton"])
-def backend(request):
-    if reason := unavailable(request.param, torch.device(DEVICE)):
-        pytest.skip(reason)
-    return request.param
 
 
 def tensors(rows, width, dtype=torch.float32, seed=0, scale=3.0):
@@ -98,7 +91,7 @@ def test_worked_examples(backend, activation, gate, up, mask, expected):
 @pytest.mark.parametrize("rows, width", WIDTHS)
 def test_is_as_near_to_float64_as_plain_torch(backend, dtype, rows, width, activation):
     inputs = tensors(rows, width, dtype)
-    truncates = backend == "triton" and DEVICE == "cpu" and dtype == torch.bfloat16
+    truncates = backend == "triton" and DEVICE.type == "cpu" and dtype == torch.bfloat16
     budget = TRUNCATION_BUDGET if truncates else ERROR_BUDGET
     within_budget(run(backend, *inputs, activation), inputs, activation, budget)
 
@@ -231,8 +224,7 @@ def test_large_and_infinite_gates_behave_as_in_torch(backend):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_instruction_set_and_thread_count_gives_the_same_bits(dtype):
-    if extension() is None:
-        pytest.skip(unavailable("cpp", torch.device("cpu")))
+    skip_without_extension()
     gate, up, dout, mask = (x.cpu() for x in tensors(300, 1100, dtype))
     threads = torch.get_num_threads()
     for activation in swiglu.ACTIVATIONS:
@@ -249,18 +241,6 @@ def test_every_instruction_set_and_thread_count_gives_the_same_bits(dtype):
         torch.set_num_threads(threads)
         for result in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
-
-
-def available_isas():
-    gate = torch.zeros(1, 1)
-    isas = []
-    for isa in ("portable", "avx2", "avx512"):
-        try:
-            swiglu.cpp_forward(gate, gate, gate[0], "silu", isa)
-            isas.append(isa)
-        except ValueError as error:
-            assert "not on this machine" in str(error)
-    return isas
 
 
 def test_runs_repeat_to_the_bit(backend):

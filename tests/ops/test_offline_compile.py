@@ -20,7 +20,6 @@ PROX_TYPES = {
     "stride_row": "i32",
     "stride_s": "i32",
 }
-PROX_TABLE = {"offsets_ptr": "*i64", "lengths_ptr": "*i32"}
 
 # By warps: what the compiler leaves outside loops where it aims at several programs on one SM, for
 # wide heads and for scalars. Nothing else spills, and no loop. Widths are multiples of 16 here: of
@@ -32,22 +31,18 @@ def prox_cases() -> list[Case]:
     from maskprune.kernels.least_s_rows import LONGEST, tile_for
 
     lengths = [1, 17, 33, *LONGEST, LONGEST[-1] + 1]
-    cases = []
-    for tile in map(tile_for, lengths):
-        for table in (False, True):
-            cases.append(
-                Case(
-                    module="least_s_prox",
-                    kernel=tile.kernel,
-                    types=PROX_TYPES | (PROX_TABLE if table else {}),
-                    constants={"TABLE": table, "WIDE": table, **tile.sizes}
-                    | ({} if table else dict.fromkeys(PROX_TABLE)),
-                    warps=tile.warps,
-                    divisible=("m_ptr", "N", "stride_row"),
-                    wide=tile.kernel != "all_pairs",
-                )
-            )
-    return cases
+    return [
+        Case(
+            module="least_s_prox",
+            kernel="prox_rows",
+            types=PROX_TYPES,
+            constants=tile.constants,
+            warps=tile.warps,
+            divisible=("m_ptr", "N", "stride_row"),
+            wide=tile.constants["KERNEL"] != "all_pairs",
+        )
+        for tile in map(tile_for, lengths)
+    ]
 
 
 def minimax_cases() -> list[Case]:
