@@ -27,9 +27,9 @@ static_assert(sizeof(State) == field_count * sizeof(float), "State is the vector
 // In the order of RATES; kind 0 is head, 1 is ffn.
 struct Rates {
   float a[2], R_star, total_steps, eta1, log_eta1_ratio, eta2, eta3, eta4, reach, interval,
-      lock_gap, scheduled;
+      lock_gap, to[2], scheduled;
 };
-constexpr std::size_t rate_count = 13;
+constexpr std::size_t rate_count = 15;
 static_assert(sizeof(Rates) == rate_count * sizeof(float), "Rates is the vector of RATES");
 
 struct Masks {
@@ -99,8 +99,8 @@ void step_scalars(State& v, const Masks (&kinds)[2], const float* table, int64_t
 
   float r[2] = {0.0f, 0.0f};
   if (c.scheduled != 0.0f) {
-    const float freed = (v.step + 1.0f) / ramp * saved;
-    for (float& value : r) value = freed / (c.a[0] + c.a[1]);
+    const float share = (v.step + 1.0f) / ramp;
+    for (int q = 0; q < 2; ++q) r[q] = share * c.to[q];
   } else {
     for (int q = 0; q < 2; ++q)
       if (kinds[q].any()) r[q] = c.eta2 * (v.z - v.y * v.next[q]);
@@ -170,7 +170,7 @@ void minimax_step(uintptr_t head, int64_t head_rows, int64_t head_units, uintptr
   for (int q = 0; q < 2; ++q) {
     if (!kinds[q].any()) continue;
     const float shrink = q == 0 || ffn_due ? v.shrink : 1.0f;
-    const RowSums mean = step_rows(kinds[q], v.s[q], shrink, row, team);
+    const RowSums mean = step_rows(kinds[q], std::floor(v.s[q]), shrink, row, team);
     v.S += c.a[q] * mean.sum_sq / float(kinds[q].units);
     v.next[q] = mean.next_sq;
   }

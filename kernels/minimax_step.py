@@ -127,6 +127,8 @@ def step_scalars(
     reach,
     interval,
     lock_gap,
+    to_head,
+    to_ffn,
     SCHEDULED: tl.constexpr,
 ):
     shrink, k, _ = rates_now(state_ptr, T, eta1, log_eta1_ratio, interval)
@@ -148,9 +150,9 @@ def step_scalars(
     saved = 1.0 - R_star
     ramp = reach * T
     if SCHEDULED:
-        freed = tl.div_rn(step + 1.0, ramp) * saved
-        r_head = tl.div_rn(freed, a_head + a_ffn)
-        r_ffn = r_head
+        share = tl.div_rn(step + 1.0, ramp)
+        r_head = share * to_head
+        r_ffn = share * to_ffn
     else:
         wish_head = tl.where(has_head, eta2 * (z - y * next_head), 0.0)
         wish_ffn = eta2 * (z - y * next_ffn)
@@ -230,6 +232,8 @@ def step_rows_then_scalars(
     reach,
     interval,
     lock_gap,
+    to_head,
+    to_ffn,
     SCHEDULED: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
     KERNEL: tl.constexpr,
@@ -245,7 +249,7 @@ def step_rows_then_scalars(
         shrink, _, due = rates_now(state_ptr, T, eta1, log_eta1_ratio, interval)
         if pid < R_ffn:
             row = pid.to(tl.int64) * D_ffn
-            s = tl.load(state_ptr + S_FFN)
+            s = tl.floor(tl.load(state_ptr + S_FFN))
             factor = tl.where(due, shrink, 1.0)
             sum_sq, next_sq, sound = prox_row(
                 ffn_ptr + row,
@@ -264,7 +268,7 @@ def step_rows_then_scalars(
             )
         else:
             row = (pid - R_ffn).to(tl.int64) * D_head
-            s = tl.load(state_ptr + S_HEAD)
+            s = tl.floor(tl.load(state_ptr + S_HEAD))
             sum_sq, next_sq, sound = prox_all_pairs(
                 head_ptr + row, saved_head_ptr + row, s, shrink, D_head, True, HEAD_BLOCK
             )
@@ -300,6 +304,8 @@ def step_rows_then_scalars(
                     reach,
                     interval,
                     lock_gap,
+                    to_head,
+                    to_ffn,
                     SCHEDULED,
                 )
             else:
@@ -321,7 +327,8 @@ class Workspace(NamedTuple):
 
 _workspaces: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 RATE_NAMES = (
-    "a_head a_ffn R_star T eta1 log_eta1_ratio eta2 eta3 eta4 reach interval lock_gap"
+    "a_head a_ffn R_star T eta1 log_eta1_ratio eta2 eta3 eta4 reach interval lock_gap "
+    "to_head to_ffn"
 ).split()
 
 

@@ -51,7 +51,8 @@ class Rates:
     reach: share of T over which R goes from 1 to R*; no step frees more than its part of it.
     interval: k of the first step; falls linearly to 1.
     lock_gap: the relative excess at which the shape snaps to a legal one and locks.
-    scheduled: R falls linearly over `reach`, with equal fractions r, instead of following z.
+    scheduled: r rises linearly over `reach` to these fractions, instead of following z.
+    to_head, to_ffn: the fractions that it rises to.
     """
 
     a_head: float
@@ -67,6 +68,8 @@ class Rates:
     interval: int
     lock_gap: float
     scheduled: bool = False
+    to_head: float = 0.0
+    to_ffn: float = 0.0
 
 
 def initial_state(y0: float, z0: float, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -88,9 +91,9 @@ def minimax_step_(
 ) -> None:
     """One step of Algorithm 1 on both kinds of mask, in place, without a host synchronisation.
 
-    In order: clamp m to [0, 1]; shrink the ceil(s) smallest of each row (FFN rows every k-th
-    step); r_q += eta2 (z - y mean m^2_next), both scaled down alike where they would free more
-    than a step's part of the ramp; pull R back to R* if it fell below; snap to the nearest legal
+    In order: clamp m to [0, 1]; shrink the floor(s) smallest of each row (FFN rows every k-th
+    step), so that no unit shrinks before it is due as a whole; r_q += eta2 (z - y mean m^2_next),
+    both scaled down alike where they would free more than a step's part of the ramp; pull R back to R* if it fell below; snap to the nearest legal
     split and lock once R is within `lock_gap`; y += eta3 S; z += eta4 y max(e, 1/2) with e = (R -
     R*) / (1 - R*), eta4 y e once locked. z starts at the price y m^2_next of the cheapest unit.
     Masks with a NaN set `failed` and leave everything else as it was.
@@ -153,7 +156,7 @@ def reference(
         if not m.numel():
             continue
         shrunk = m.clamp(0.0, 1.0)
-        least = least_s_prox_(shrunk, v[f"s_{name}"], factor, backend="reference")
+        least = least_s_prox_(shrunk, v[f"s_{name}"].floor(), factor, backend="reference")
         m.copy_(torch.where(failed, m, shrunk))
         S = S + a * least.sum_sq.mean() / m.shape[1]
         v[f"next_{name}"] = least.next_sq.mean()
@@ -162,10 +165,9 @@ def reference(
 
     part = 1.25 * (1.0 - R_star) / (rates.reach * T)
     if rates.scheduled:
-        freed = (v["step"] + 1.0) / (rates.reach * T) * (1.0 - R_star)
-        for name, m, _, _ in kinds:
-            if m.numel():
-                r[name] = freed / (rates.a_head + rates.a_ffn)
+        share = (v["step"] + 1.0) / (rates.reach * T)
+        for name, to in (("head", rates.to_head), ("ffn", rates.to_ffn)):
+            r[name] = share * to
     else:
         wish = {
             name: rates.eta2 * (v["z"] - v["y"] * v[f"next_{name}"]) if m.numel() else zero
@@ -228,6 +230,8 @@ def rate_vector(rates: Rates) -> list[float]:
         rates.reach,
         float(rates.interval),
         rates.lock_gap,
+        rates.to_head,
+        rates.to_ffn,
         float(rates.scheduled),
     ]
 

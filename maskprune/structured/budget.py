@@ -105,8 +105,8 @@ class Budget:
         self.a_ffn = ffn_weights(config, self.shape) / total
         self.a_head = self._removable_attention() / total
 
-        by_hand = head_sparsity is not None or ffn_sparsity is not None
-        if by_hand:
+        self.by_hand = head_sparsity is not None or ffn_sparsity is not None
+        if self.by_hand:
             self.splits = [self._hand_split(sparsity, head_sparsity, ffn_sparsity)]
             self.R_star = self.splits[0].R
         else:
@@ -146,6 +146,11 @@ class Budget:
         """R after pruning `head` and `ffn` units from every row: R = 1 - sum of a * r."""
         r_head = head / self.head_units if self.head_units else 0.0
         return 1.0 - self.a_head * r_head - self.a_ffn * ffn / self.ffn_units
+
+    def fractions(self, split: Split) -> tuple[float, float]:
+        """(r_head, r_ffn): the shares of head units and FFN units that `split` prunes."""
+        head = split.head / self.head_units if self.head_units else 0.0
+        return head, split.ffn / self.ffn_units
 
     def shape_after(self, split: Split) -> Shape:
         """The shape that is left when every row loses the units of `split`."""

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from maskprune.structured.minimax import Minimax
+from maskprune.structured.signal import MaskSignal
 
 
 class PruneCallback(TrainerCallback):
@@ -38,8 +39,9 @@ class PruneCallback(TrainerCallback):
         self.solver.step()
 
 
-class CompensationCallback(TrainerCallback):
-    """Once, when the solver has made the shape final: starts the output adapters anew.
+class LockCallback(TrainerCallback):
+    """Once, when the solver has made the shape final: settles the masks, starts the output
+    adapters anew.
 
     Until then each step asks the solver, which synchronises with the device. A run resumed from a
     checkpoint with a final shape has had it.
@@ -51,6 +53,7 @@ class CompensationCallback(TrainerCallback):
     def __init__(self, solver: Minimax, compensation: Callable[[], list[nn.Parameter]]) -> None:
         self.solver, self.compensation = solver, compensation
         self.done = False
+        self.residuals: dict[str, float] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         self.done = self.solver.locked
@@ -59,7 +62,18 @@ class CompensationCallback(TrainerCallback):
         if self.done or not self.solver.locked:
             return
         self.done = True
+        self.residuals = self.solver.settle()
         for p in self.compensation():
             # Moments of the old factors say nothing of the new ones.
             for moment in kw["optimizer"].state.get(p, {}).values():
                 moment.zero_()
+
+
+class SignalCallback(TrainerCallback):
+    """Counts the masks' gradients for the trace, while the masks are learned."""
+
+    def __init__(self, signal: MaskSignal) -> None:
+        self.signal = signal
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        self.signal.add_gradients()

@@ -89,6 +89,11 @@ class Minimax:
         self.mode = mode
         self.backend = backend
         device = masks.ffn.device
+        if budget.by_hand:
+            (split,) = budget.splits
+            to_head, to_ffn = budget.fractions(split)
+        else:
+            to_head = to_ffn = budget.sparsity / (budget.a_head + budget.a_ffn)
         self.rates = Rates(
             a_head=budget.a_head,
             a_ffn=budget.a_ffn,
@@ -103,7 +108,10 @@ class Minimax:
             reach=reach,
             interval=interval or max(1, min(10, total_steps // 200)),
             lock_gap=lock_gap,
-            scheduled=mode == "scheduled",
+            # A split by hand is where both kinds go from the first step on, in either mode.
+            scheduled=mode == "scheduled" or budget.by_hand,
+            to_head=to_head,
+            to_ffn=to_ffn,
         )
         self.state = initial_state(y0=1.0, z0=0.0, device=device)
         self.table = budget.table(device)
@@ -154,14 +162,15 @@ class Minimax:
 
     def lock(self, split: Split) -> None:
         """Take `split` for the final shape now; from here on only its masks shrink."""
+        r_head, r_ffn = self.budget.fractions(split)
         values = {
             "locked": 1.0,
             "locked_at": 0.0,
             "R": split.R,
             "s_head": float(split.head),
             "s_ffn": float(split.ffn),
-            "r_head": split.head / self.budget.head_units if self.budget.head_units else 0.0,
-            "r_ffn": split.ffn / self.budget.ffn_units,
+            "r_head": r_head,
+            "r_ffn": r_ffn,
         }
         for name, value in values.items():
             self.state[INDEX[name]] = value
@@ -211,7 +220,7 @@ class Minimax:
         """Largest mask among those to be pruned, per kind; synchronises with the device."""
         now, out = self.read(), {}
         for name in ("head", "ffn"):
-            m, s = getattr(self.masks, name), math.ceil(now[f"s_{name}"])
+            m, s = getattr(self.masks, name), math.floor(now[f"s_{name}"])
             out[name] = float(m.sort(dim=1).values[:, s - 1].max()) if m.numel() and s else 0.0
         return out
 
@@ -232,6 +241,23 @@ class Minimax:
                 final.scatter_(1, m.sort(dim=1, stable=True).indices[:, :s], 0.0)
             out.append(final)
         return out[0], out[1]
+
+    @torch.no_grad()
+    def settle(self) -> dict[str, float]:
+        """Once the shape is final: pruned masks to exactly 0, kept masks to exactly 1.
+
+        What is left to learn is then the weights' alone; returns what was left of the pruned
+        masks before. Kept masks below 1 are what noise and the start left of them in a short run,
+        and a scale that the weights can learn as well.
+
+        Raises:
+            RuntimeError: the budget is not reached, or the masks are NaN.
+        """
+        self.require_healthy()
+        left = self.residuals()
+        for m, final in zip((self.masks.head, self.masks.ffn), self.kept(), strict=True):
+            m.copy_(final != 0)
+        return left
 
     @torch.no_grad()
     def finish(self) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,14 @@ from maskprune.hf.head import head_of
 from maskprune.hf.quiet import quiet_transformers
 from maskprune.hf.shape import Shape
 from maskprune.structured.budget import Budget
-from maskprune.structured.callbacks import CompensationCallback, PruneCallback
+from maskprune.structured.callbacks import LockCallback, PruneCallback, SignalCallback
 from maskprune.structured.compensation import compensate
 from maskprune.structured.distill import DistillLoss, distill
 from maskprune.structured.export import export
-from maskprune.structured.masks import Masks, attach_masks
+from maskprune.structured.masks import Masks, attach_masks, load_masks
 from maskprune.structured.minimax import Minimax
 from maskprune.structured.saliency import one_shot, warm_start
+from maskprune.structured.signal import MaskSignal
 from maskprune.training.checkpoints import (
     load_solver,
     mark_complete,
@@ -53,6 +55,10 @@ from maskprune.training.trainer import (
 logger = logging.getLogger(__name__)
 
 
+# Share of the run over which the adapters' rate rises again after the masks settled.
+SETTLED_WARMUP = 0.05
+
+
 @dataclass
 class PruneResult:
     """What `prune` gives back.
@@ -78,9 +84,29 @@ class PruneTrainer(BlockTrainer):
     Use `PruneCallback` with it, or with a `Trainer` of your own, for the proximal step.
     """
 
-    def __init__(self, *args: Any, masks: Masks, solver: Minimax, config: PruneConfig, **kw: Any):
+    def __init__(
+        self,
+        *args: Any,
+        masks: Masks,
+        solver: Minimax,
+        config: PruneConfig,
+        signal: MaskSignal | None = None,
+        **kw: Any,
+    ):
         super().__init__(*args, **kw)
-        self.masks, self.solver, self.config = masks, solver, config
+        self.masks, self.solver, self.config, self.signal = masks, solver, config, signal
+        self.settled_at: int | None = None
+
+    def steps_settled(self, step: int) -> int | None:
+        """Steps since the masks settled, by step `step`; None before, or where they never do.
+
+        Synchronises with the device until then.
+        """
+        if not settles(self.config):
+            return None
+        if self.settled_at is None and self.solver.locked:
+            self.settled_at = int(self.solver.read()["locked_at"]) + 1
+        return None if self.settled_at is None else step - self.settled_at
 
     def create_optimizer(self, model: Any = None) -> Any:
         if self.optimizer is None:
@@ -103,13 +129,20 @@ class PruneTrainer(BlockTrainer):
         if self.lr_scheduler is None:
             T, warmup = num_training_steps, max(1, round(self.config.warmup * num_training_steps))
 
+            # New output adapters and the moments that were set back want another warm-up.
+            again = max(1, round(SETTLED_WARMUP * T))
+
             def weights(step: int) -> float:
-                return min(1.0, (step + 1) / warmup) * (1 - step / T)
+                since = self.steps_settled(step)
+                rise = 1.0 if since is None else min(1.0, (since + 1) / again)
+                return min(1.0, (step + 1) / warmup) * rise * (1 - step / T)
 
             ramp = self.solver.rates.reach
 
-            # At full rate while the solver chooses; then the kept masks only settle.
+            # At full rate while the solver chooses; then they are final, or fall with the steps.
             def masks(step: int) -> float:
+                if self.steps_settled(step) is not None:
+                    return 0.0
                 return min(1.0, (1 - step / T) / (1 - ramp))
 
             target: Any = optimizer or self.optimizer
@@ -151,6 +184,7 @@ class PruneTrainer(BlockTrainer):
             "width_spread": float((self.masks.ffn > 0.5).sum(1).double().std(correction=0)),
             "lr": optimizer.param_groups[0]["lr"],
             "mask_lr": optimizer.param_groups[1]["lr"],
+            **(self.signal.row(self.solver) if self.signal else {}),
         }
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -170,6 +204,20 @@ class PruneTrainer(BlockTrainer):
         self.solver.load_state_dict(state)
 
 
+def settles(config: PruneConfig) -> bool:
+    """Whether masks become 0 and 1 when the shape is final; else they train on, as the paper's."""
+    return config.method == "maskprune" and config.compensate
+
+
+def first_masks(run: Path, masks: Masks) -> dict[str, torch.Tensor]:
+    """The masks of step 0, which a resumed run finds in its folder."""
+    path = run / "first_masks.safetensors"
+    if not path.is_file():
+        masks.save(path)
+    before = load_masks(path)
+    return {name: getattr(before, name).detach().to(masks.ffn.device) for name in ("head", "ffn")}
+
+
 def prune(
     model: nn.Module,
     tokenizer: Any,
@@ -179,6 +227,7 @@ def prune(
     run_dir: str | Path | None = None,
     resume: bool = False,
     quiet: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> PruneResult:
     """Prune a model with MaskPrune: learn the masks under the budget, give back a stock model.
 
@@ -191,6 +240,7 @@ def prune(
         run_dir: where checkpoints and the trace go; a temporary folder where None.
         resume: continue from the newest whole checkpoint in `run_dir`.
         quiet: show no progress.
+        callbacks: more of Trainer's, called after those of the method.
 
     Returns:
         PruneResult; its model's layers are uniform and meet the budget.
@@ -280,7 +330,7 @@ def prune(
                 return compensate(peft_model, masks, solver.kept(), fitted, progress)
 
         trace = TraceCallback(run / "trace.jsonl", config, quiet, _progress_line)
-        callbacks: list[TrainerCallback] = [PruneCallback(solver, config.max_grad_norm)]
+        callbacks = [PruneCallback(solver, config.max_grad_norm), *callbacks]
         if checkpoint is None:
             ranking = config.warm_start if learned else config.method
             if ranking != "none":
@@ -293,8 +343,13 @@ def prune(
                         solver.lock(one_shot(*ranked))
             if config.compensate and solver.locked:
                 compensation()
-        if config.compensate and learned:
-            callbacks.append(CompensationCallback(solver, compensation))
+        signal = lock = None
+        if learned:
+            signal = MaskSignal(masks, on_first(lambda: first_masks(run, masks)))
+            callbacks.append(SignalCallback(signal))
+        if settles(config):
+            lock = LockCallback(solver, compensation)
+            callbacks.append(lock)
         trainer = PruneTrainer(
             model=peft_model,
             args=training_arguments(config, run, steps, device, autocast),
@@ -303,13 +358,15 @@ def prune(
             masks=masks,
             solver=solver,
             config=config,
+            signal=signal,
         )
         trace.trainer = trainer
         with quiet_trainer():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         # Trainer leaves its autocast around forward; the proof must run at full precision.
         trainer.accelerator.unwrap_model(peft_model, keep_fp32_wrapper=False)
-    residuals = solver.finish()
+    left = solver.finish()
+    residuals = lock.residuals if lock is not None and lock.residuals else left
     peft_model.eval()
     core.config.use_cache = True
     return PruneResult(

@@ -124,7 +124,7 @@ def assert_same_step(step, head, ffn, state, table, c):
 @pytest.mark.parametrize("scheduled", [False, True])
 @pytest.mark.parametrize("at", STATES)
 def test_takes_the_reference_step(step, at, scheduled):
-    c = rates(scheduled=scheduled)
+    c = rates(scheduled=scheduled, to_head=0.3, to_ffn=0.6)
     head, ffn = masks_of(seed=3)
     assert_same_step(step, head, ffn, state_of(**STATES[at]), legal_splits(c), c)
 

@@ -162,7 +162,7 @@ def sparsity_norm(masks, solver):
         (masks.head, now["s_head"], budget.a_head),
         (masks.ffn, now["s_ffn"], budget.a_ffn),
     ):
-        least = m.detach().sort(dim=1).values[:, : math.ceil(s)]
+        least = m.detach().sort(dim=1).values[:, : math.floor(s)]
         total += a * float(least.pow(2).sum(1).mean()) / m.shape[1]
     return total
 
