@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import TrainerCallback, set_seed
 
 from maskprune.config import PruneConfig
 from maskprune.hf.adapters import adapted_layers, require_mergeable
-from maskprune.hf.families import family_of, output_names, require_causal_lm
+from maskprune.hf.families import Family, family_of, output_names, require_causal_lm, text_config
 from maskprune.hf.head import head_of
 from maskprune.hf.quiet import quiet_transformers
 from maskprune.hf.shape import Shape
@@ -216,7 +217,7 @@ def prune(
 
     set_seed(config.seed)
     device = next(core.parameters()).device
-    core.config.use_cache = False
+    text_config(core.config).use_cache = False
     targets = [name.strip() for name in config.lora_targets.split(",")]
     family = family_of(core.config)
     outputs = {
@@ -234,6 +235,7 @@ def prune(
                 rank_pattern=outputs,
                 alpha_pattern=outputs,
                 target_modules="all-linear" if targets == ["all-linear"] else targets,
+                exclude_modules=_outside_language_model(core, family),
             ),
         )
     require_mergeable(peft_model)
@@ -311,7 +313,7 @@ def prune(
         trainer.accelerator.unwrap_model(peft_model, keep_fp32_wrapper=False)
     residuals = solver.finish()
     peft_model.eval()
-    core.config.use_cache = True
+    text_config(core.config).use_cache = True
     return PruneResult(
         model=export(peft_model, masks, arch_fallback=config.arch_fallback),
         masks=masks,
@@ -322,6 +324,15 @@ def prune(
         budget=budget,
         steps=steps,
     )
+
+
+def _outside_language_model(model: Any, family: Family) -> str | None:
+    """A pattern of the modules around the language model of a multimodal model, which text never
+    reaches; None for a language model."""
+    if text_config(model.config) is model.config:
+        return None
+    decoder = family.layers.rpartition(".")[0]
+    return rf"(?!{re.escape(decoder)}\.).*"
 
 
 def _progress_line(row: dict[str, Any]) -> str:
