@@ -173,7 +173,8 @@ def wanda_sp(
     the unpruned model's activations throughout.
 
     Returns:
-        head (L, H) per query head (0 where heads stay), ffn (L, F), float32; comparable within a row only.
+        head (L, H) per query head (0 where heads stay), ffn (L, F), float32;
+        comparable within a row only.
     """
     family, shape = FAMILIES[masks.family], masks.shape
     squares: dict[tuple[str, int], torch.Tensor] = {}
