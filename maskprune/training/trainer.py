@@ -119,7 +119,9 @@ def use_autocast(config: Any, model: Any, device: torch.device) -> bool:
     if device.type != "cpu":
         return device.type == "cuda" and torch.cuda.is_bf16_supported()
     # Measured once: ranks that measured for themselves could differ.
-    return on_first(lambda: bfloat16_is_faster(text_config(model.config).hidden_size, config.seq_len))
+    return on_first(
+        lambda: bfloat16_is_faster(text_config(model.config).hidden_size, config.seq_len)
+    )
 
 
 def join_run(config: Any, model: Any) -> None:
