@@ -123,14 +123,16 @@ def _own_masks(folder: Path) -> Path | None:
 
 def _check_tensors(folder: Path, model: Any, found: Findings) -> None:
     """Whether each tensor of each safetensors file at the top of `folder` is the model's."""
+    from maskprune.hf.families import family_of
     from maskprune.streaming.safetensors_file import INDEX_NAME, read_header
 
+    family = family_of(model.config)
     own = set(model.state_dict())
     own |= {name.removeprefix(f"{model.base_model_prefix}.") for name in own}
     ignored = model._keys_to_ignore_on_load_unexpected or ()
     foreign = {}
     for file in sorted(folder.glob("*.safetensors")):
-        strange = (n for n in read_header(file) if n not in own)
+        strange = (n for n in read_header(file) if own.isdisjoint({n, *family.stock_names(n)}))
         name = next((n for n in strange if not any(re.search(p, n) for p in ignored)), None)
         if name is not None:
             foreign[file.name] = name
@@ -167,6 +169,7 @@ def _check_equal(
     found: Findings,
 ) -> None:
     from maskprune.hf.equality import TOLERANCE, compare_logits
+    from maskprune.hf.families import text_config
     from maskprune.hf.load import load_model
     from maskprune.hf.quiet import quiet_transformers
     from maskprune.structured.masks import attach_masks, load_masks
@@ -189,9 +192,10 @@ def _check_equal(
         apply_masks(origin, load_two_four(masks_file)[0])
     elif masks_file is not None:
         attach_masks(origin, masks=load_masks(masks_file), fused=False)
-    ids = torch.randint(0, len(tokenizer), (2, 128), generator=torch.Generator().manual_seed(0)).to(
-        model.device
-    )
+    length = min(128, getattr(text_config(model.config), "max_position_embeddings", None) or 128)
+    ids = torch.randint(
+        0, len(tokenizer), (2, length), generator=torch.Generator().manual_seed(0)
+    ).to(model.device)
     difference = compare_logits(origin, model, ids)
     limit = TOLERANCE[model.dtype]
     text = (

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from maskprune.config import EvalConfig
 from maskprune.files import write_json
+from maskprune.hf.families import text_config
 from maskprune.training.data import text_prefix
 from maskprune.training.documents import Source, read_text
 from maskprune.version import __version__
@@ -107,7 +108,7 @@ def perplexity(
 
     Source: the evaluation of LLM-Pruner (arXiv 2305.11627), which MaskPrune's tables follow.
     """
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = getattr(text_config(model.config), "max_position_embeddings", None)
     if seq_len < 2 or (positions and seq_len > positions):
         raise ValueError(
             f"seq_len is {seq_len}; expected 2 up to the model's {positions or 'any'} positions"

@@ -17,6 +17,7 @@ from maskprune.files import OWN_FOLDER, replace_file, write_json
 from maskprune.hf.checkpoint_files import save_stock
 from maskprune.hf.demo_model import BASE, LICENSE, MODEL_NAME
 from maskprune.hf.equality import Difference, compare_logits
+from maskprune.hf.families import text_config
 from maskprune.hf.load import resolve_model
 from maskprune.hf.model_card import model_card
 from maskprune.hf.quiet import quiet_transformers
@@ -140,7 +141,7 @@ def proof_tokens(model: PreTrainedModel, blocks: torch.Tensor | None) -> torch.T
         ids = blocks[:4]
     else:
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(0, model.config.vocab_size, (2, 64), generator=generator)
+        ids = torch.randint(0, text_config(model.config).vocab_size, (2, 64), generator=generator)
     return ids.to(model.device)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from maskprune.files import replace_file, write_json
+from maskprune.hf.families import text_config
 from maskprune.hf.quiet import quiet_transformers
 
 TOKENIZER_FILES = (
@@ -22,6 +23,8 @@ TOKENIZER_FILES = (
     "spiece.model",
     "chat_template.jinja",
     "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
 )
 LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "USE_POLICY.md", "NOTICE")
 
@@ -34,6 +37,14 @@ def stock_config(config: Any) -> dict[str, Any]:
     """
     content: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
     content["model_type"] = config.model_type
+    for part, described in ((text_config(config), content.get("text_config")), (config, content)):
+        if described is not None:
+            _write_twice(described, part)
+    return content
+
+
+def _write_twice(content: dict[str, Any], config: Any) -> None:
+    """Add to a config's content the fields that transformers 4 reads for those of 5."""
     if getattr(config, "head_dim", None):
         content["head_dim"] = config.head_dim
     if content.get("dtype"):
@@ -48,7 +59,6 @@ def stock_config(config: Any) -> dict[str, Any]:
     elif rope:
         content["rope_theta"] = rope.get("rope_theta", 10000.0)
         content["rope_scaling"] = _rope_scaling(rope)
-    return content
 
 
 def _rope_scaling(rope: dict[str, Any]) -> dict[str, Any] | None:

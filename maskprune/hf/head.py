@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from maskprune.hf.families import decoder_of, family_of, stock_model
+from maskprune.hf.families import decoder_of, family_of, stock_model, text_config
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Head:
 def head_of(model: Any) -> Head:
     """The head of a stock model of a known family, inside a PEFT wrapper or not."""
     base = stock_model(model)
-    family, config = family_of(base.config), base.config
+    family, config = family_of(base.config), text_config(base.config)
 
     def setting(name: str | None) -> float | None:
         return getattr(config, name) if name else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from maskprune.hf.families import family_of
+from maskprune.hf.families import family_of, text_config
 from maskprune.hf.shape import Shape
 
 ARCH_FALLBACKS = ("mistral", "divisor", "error")
@@ -26,10 +26,10 @@ def takes_heads(config: Any, heads: int, arch_fallback: str = "mistral") -> bool
     transformers >= 5.4 refuses a Llama or Gemma config whose hidden size the head count does not
     divide, head size given or not; the Mistral class takes any count with bit-identical logits.
     """
-    family = family_of(config)
-    if heads == config.num_attention_heads or not family.heads_divide_hidden:
+    family, text = family_of(config), text_config(config)
+    if heads == text.num_attention_heads or not family.heads_divide_hidden:
         return True
-    return config.hidden_size % heads == 0 or (
+    return text.hidden_size % heads == 0 or (
         arch_fallback == "mistral" and can_become_mistral(config)
     )
 
@@ -56,24 +56,25 @@ def target_config(config: Any, shape: Shape, arch_fallback: str = "mistral") -> 
         raise ValueError(
             f"arch_fallback is {arch_fallback!r}; expected one of {', '.join(ARCH_FALLBACKS)}"
         )
-    family = family_of(config)
+    family, text = family_of(config), text_config(config)
     if not takes_heads(config, shape.heads, arch_fallback):
-        legal = [h for h in range(1, config.num_attention_heads + 1) if not config.hidden_size % h]
+        legal = [h for h in range(1, text.num_attention_heads + 1) if not text.hidden_size % h]
         raise ValueError(
             f"the {family.model_type} config class refuses {shape.heads} heads at hidden size "
-            f"{config.hidden_size}; choose from {legal}"
+            f"{text.hidden_size}; choose from {legal}"
             + (", or use --arch-fallback mistral" if can_become_mistral(config) else "")
         )
     small = copy.deepcopy(config)
     if family.prunes_heads:
-        native = not family.heads_divide_hidden or config.hidden_size % shape.heads == 0
-        if not native and shape.heads != config.num_attention_heads:
+        native = not family.heads_divide_hidden or text.hidden_size % shape.heads == 0
+        if not native and shape.heads != text.num_attention_heads:
             small = _as_mistral(config)
-        small.num_attention_heads = shape.heads
-        small.num_key_value_heads = shape.kv_heads
+        cut = text_config(small)
+        cut.num_attention_heads = shape.heads
+        cut.num_key_value_heads = shape.kv_heads
         # Without it the class derives the head size from the pruned head count.
-        small.head_dim = shape.head_dim
-    setattr(small, family_of(small).width_field, shape.ffn)
+        cut.head_dim = shape.head_dim
+    setattr(text_config(small), family_of(small).width_field, shape.ffn)
     return small
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from maskprune.hf.families import family_of, ffn_width, head_dim, kv_heads
+from maskprune.hf.families import family_of, ffn_width, head_dim, kv_heads, text_config
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ def shape_of(config: Any) -> Shape:
     """The dimensions of a transformers config of a known family."""
     family_of(config)
     return Shape(
-        layers=int(config.num_hidden_layers),
-        heads=int(config.num_attention_heads),
+        layers=int(text_config(config).num_hidden_layers),
+        heads=int(text_config(config).num_attention_heads),
         kv_heads=kv_heads(config),
         head_dim=head_dim(config),
         ffn=ffn_width(config),

@@ -93,9 +93,10 @@ def minimax_step_(
 
     In order: clamp m to [0, 1]; shrink the floor(s) smallest of each row (FFN rows every k-th
     step), so that no unit shrinks before it is due as a whole; r_q += eta2 (z - y mean m^2_next),
-    both scaled down alike where they would free more than a step's part of the ramp; pull R back to R* if it fell below; snap to the nearest legal
-    split and lock once R is within `lock_gap`; y += eta3 S; z += eta4 y max(e, 1/2) with e = (R -
-    R*) / (1 - R*), eta4 y e once locked. z starts at the price y m^2_next of the cheapest unit.
+    both scaled down alike where they would free more than a step's part of the ramp; pull R back
+    to R* if it fell below; snap to the nearest legal split and lock once R is within `lock_gap`;
+    y += eta3 S; z += eta4 y max(e, 1/2) with e = (R - R*) / (1 - R*), eta4 y e once locked. z
+    starts at the price y m^2_next of the cheapest unit.
     Masks with a NaN set `failed` and leave everything else as it was.
 
     Args:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from maskprune.hf.families import FAMILIES, family_of
+from maskprune.hf.families import FAMILIES, Family, family_of
 from maskprune.hf.pruned_config import target_config
 from maskprune.hf.shape import Shape
 from maskprune.streaming.lora import TORCH_DTYPES, Lora, read_adapter
@@ -89,14 +89,18 @@ def plan_stream(
     small.architectures = [type(skeleton).__name__]
     expected = {name: tuple(t.shape) for name, t in skeleton.state_dict().items()}
     tied = dict(getattr(skeleton, "all_tied_weights_keys", None) or {})
-    found = _by_stock_name(stored, expected, skeleton.base_model_prefix)
+    family = family_of(config)
+    disk_names = _disk_names(stored, expected, skeleton.base_model_prefix, family)
+    found = {name: stored[on_disk] for name, on_disk in disk_names.items()}
     _keep_tied(found, tied)
 
     cuts, whole = cuts_by_name(masks), _whole_sizes(masks, expected)
     loras = read_adapter(Path(adapter)) if adapter is not None else {}
     _require_fitting_adapter(adapter, loras, found)
     moves: dict[str, Move] = {}
-    for name, shape_out in expected.items():
+    # transformers writes in this order where names on disk are others.
+    for name in sorted(expected, key=_natural) if family.on_disk else expected:
+        shape_out = expected[name]
         if name not in found:
             if name in tied:
                 continue
@@ -106,8 +110,10 @@ def plan_stream(
             )
         tensor, cut = found[name], cuts.get(name)
         planned = _result(tensor, name, cut, whole.get(name), shape_out)
-        moves[name] = Move(tensor, planned, cut, loras.get(name))
-    dropped = tuple(sorted(set(found) - set(moves)))
+        if family.on_disk:
+            planned = replace(planned, name=disk_names.get(name, name))
+        moves[planned.name] = Move(tensor, planned, cut, loras.get(name))
+    dropped = tuple(sorted(set(found) - set(expected)))
     shards = plan_shards([move.target for move in moves.values()], shard_size)
     parameters = int(skeleton.num_parameters())
     return StreamPlan(shape, small, moves, shards, parameters, dropped)
@@ -155,14 +161,29 @@ def _skeleton(config: Any) -> Any:
         return AutoModelForCausalLM.from_config(config)
 
 
-def _by_stock_name(
-    stored: dict[str, Stored], expected: dict[str, Any], prefix: str
-) -> dict[str, Stored]:
-    """Older checkpoints leave the name of the base model out (`h.0` for `transformer.h.0`)."""
-    return {
-        name if name in expected or f"{prefix}.{name}" not in expected else f"{prefix}.{name}": t
-        for name, t in stored.items()
-    }
+def _disk_names(
+    stored: Iterable[str], expected: dict[str, Any], prefix: str, family: Family
+) -> dict[str, str]:
+    """The names that a checkpoint gives its tensors, by the model's own names.
+
+    Older checkpoints leave the name of the base model out (`h.0` for `transformer.h.0`).
+    """
+
+    def stock(name: str) -> str:
+        candidates = (name, *family.stock_names(name), f"{prefix}.{name}")
+        return next((n for n in candidates if n in expected), name)
+
+    return {stock(name): name for name in stored}
+
+
+def _natural(name: str) -> list[tuple[int, str, int]]:
+    """A sort key by the parts of a name, numbers by value: in_proj, layers.2, layers.10, norm1."""
+
+    def key(part: str) -> tuple[int, str, int]:
+        stem = part.rstrip("0123456789")
+        return bool(stem), stem, int(part[len(stem) :] or -1)
+
+    return [key(part) for part in name.split(".")]
 
 
 def _keep_tied(found: dict[str, Stored], tied: dict[str, str]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from maskprune.config import BudgetConfig
-from maskprune.hf.families import family_of
+from maskprune.hf.families import family_of, text_config
 from maskprune.hf.pruned_config import ARCH_FALLBACKS, takes_heads
 from maskprune.hf.shape import Shape, shape_of
 from maskprune.structured.cuts import HEAD_UNITS, mask_rows
@@ -20,13 +20,13 @@ from maskprune.structured.cuts import HEAD_UNITS, mask_rows
 
 def attention_weights(config: Any, shape: Shape) -> int:
     """Weights of the attention projections of one layer (biases and norms not counted)."""
-    d, d_h = config.hidden_size, shape.head_dim
+    d, d_h = text_config(config).hidden_size, shape.head_dim
     return 2 * d * shape.heads * d_h + 2 * d * shape.kv_heads * d_h
 
 
 def ffn_weights(config: Any, shape: Shape) -> int:
     """Weights of the FFN of one layer (biases not counted)."""
-    return (3 if family_of(config).gated else 2) * config.hidden_size * shape.ffn
+    return (3 if family_of(config).gated else 2) * text_config(config).hidden_size * shape.ffn
 
 
 def layer_weights(config: Any, shape: Shape) -> int:
@@ -140,7 +140,7 @@ class Budget:
             return 0
         if self.head_unit == "kv_group":
             return attention_weights(self.config, self.shape)
-        return 2 * self.config.hidden_size * self.shape.heads * self.shape.head_dim
+        return 2 * text_config(self.config).hidden_size * self.shape.heads * self.shape.head_dim
 
     def resource(self, head: int, ffn: int) -> float:
         """R after pruning `head` and `ffn` units from every row: R = 1 - sum of a * r."""

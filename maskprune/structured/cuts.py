@@ -119,7 +119,7 @@ def layer_cuts(
         channels = torch.arange(shape.head_dim)
         q_rows = (keep_h[:, None] * shape.head_dim + channels).flatten()
         kv_rows = (keep_g[:, None] * shape.head_dim + channels).flatten()
-        if family.fused:
+        if family.fused_qkv:
             k_at = shape.heads * shape.head_dim
             v_at = k_at + shape.kv_heads * shape.head_dim
             fused_rows = torch.cat([q_rows, kv_rows + k_at, kv_rows + v_at])
@@ -127,6 +127,8 @@ def layer_cuts(
         else:
             for name, rows in zip(family.qkv, (q_rows, kv_rows, kv_rows), strict=True):
                 add(f"{family.attention}.{name}", row, rows)
+        for name, keep in zip(family.head_norms, (keep_h, keep_g), strict=False):
+            add(f"{family.attention}.{name}", 0, keep)
         scale = head.float().repeat_interleave(shape.head_dim)
         add(f"{family.attention}.{family.o}", column, q_rows, scale)
     return cuts

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from maskprune.hf.families import text_config
 from maskprune.hf.pruned_config import target_config
 from maskprune.hf.shape import Shape, shape_of
 from maskprune.structured.budget import Budget, Split, layer_weights
@@ -39,7 +40,8 @@ def cost(config: Any) -> Cost:
     size = (getattr(torch, dtype) if isinstance(dtype, str) else dtype).itemsize
     parameters = sum(p.numel() for p in model.parameters())
     # Two per weight that a token passes: the blocks' matrices and the LM head, not the embedding.
-    through = shape.layers * layer_weights(config, shape) + config.vocab_size * config.hidden_size
+    text = text_config(config)
+    through = shape.layers * layer_weights(config, shape) + text.vocab_size * text.hidden_size
     return Cost(
         shape=shape,
         model_type=config.model_type,
@@ -134,7 +136,7 @@ def plan(config: Any, budget: Budget, targets: str | None = None) -> Plan:
         else:
             why += (
                 f"the {config.model_type} class refuses {shape.heads} heads at hidden size "
-                f"{config.hidden_size}; {small.model_type} computes the same logits"
+                f"{text_config(config).hidden_size}; {small.model_type} computes the same logits"
             )
         choices.append((split, cost(small), why, lint(shape, targets, before)))
     return Plan(cost(config), budget, choices)

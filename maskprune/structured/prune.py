@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import TrainerCallback, set_seed
 
 from maskprune.config import PruneConfig
 from maskprune.hf.adapters import adapted_layers, require_mergeable
-from maskprune.hf.families import family_of, output_names, require_causal_lm
+from maskprune.hf.families import Family, family_of, output_names, require_causal_lm, text_config
 from maskprune.hf.head import head_of
 from maskprune.hf.quiet import quiet_transformers
 from maskprune.hf.shape import Shape
@@ -266,7 +267,7 @@ def prune(
 
     set_seed(config.seed)
     device = next(core.parameters()).device
-    core.config.use_cache = False
+    text_config(core.config).use_cache = False
     targets = [name.strip() for name in config.lora_targets.split(",")]
     family = family_of(core.config)
     outputs = {
@@ -284,6 +285,7 @@ def prune(
                 rank_pattern=outputs,
                 alpha_pattern=outputs,
                 target_modules="all-linear" if targets == ["all-linear"] else targets,
+                exclude_modules=_outside_language_model(core, family),
             ),
         )
     require_mergeable(peft_model)
@@ -330,7 +332,7 @@ def prune(
                 return compensate(peft_model, masks, solver.kept(), fitted, progress)
 
         trace = TraceCallback(run / "trace.jsonl", config, quiet, _progress_line)
-        callbacks = [PruneCallback(solver, config.max_grad_norm), *callbacks]
+        own: list[TrainerCallback] = [PruneCallback(solver, config.max_grad_norm)]
         if checkpoint is None:
             ranking = config.warm_start if learned else config.method
             if ranking != "none":
@@ -346,15 +348,15 @@ def prune(
         signal = lock = None
         if learned:
             signal = MaskSignal(masks, on_first(lambda: first_masks(run, masks)))
-            callbacks.append(SignalCallback(signal))
+            own.append(SignalCallback(signal))
         if settles(config):
             lock = LockCallback(solver, compensation)
-            callbacks.append(lock)
+            own.append(lock)
         trainer = PruneTrainer(
             model=peft_model,
             args=training_arguments(config, run, steps, device, autocast),
             train_dataset=Blocks(blocks, order),
-            callbacks=[*callbacks, trace],
+            callbacks=[*own, *callbacks, trace],
             masks=masks,
             solver=solver,
             config=config,
@@ -368,7 +370,7 @@ def prune(
     left = solver.finish()
     residuals = lock.residuals if lock is not None and lock.residuals else left
     peft_model.eval()
-    core.config.use_cache = True
+    text_config(core.config).use_cache = True
     return PruneResult(
         model=export(peft_model, masks, arch_fallback=config.arch_fallback),
         masks=masks,
@@ -379,6 +381,15 @@ def prune(
         budget=budget,
         steps=steps,
     )
+
+
+def _outside_language_model(model: Any, family: Family) -> str | None:
+    """A pattern of the modules around the language model of a multimodal model, which text never
+    reaches; None for a language model."""
+    if text_config(model.config) is model.config:
+        return None
+    decoder = family.layers.rpartition(".")[0]
+    return rf"(?!{re.escape(decoder)}\.).*"
 
 
 def _progress_line(row: dict[str, Any]) -> str:

@@ -13,7 +13,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from maskprune.hf.families import FAMILIES, attention_output, ffn_output, layers_of, stock_model
+from maskprune.hf.families import (
+    FAMILIES,
+    Family,
+    attention_output,
+    ffn_output,
+    layers_of,
+    stock_model,
+)
 from maskprune.structured.budget import Budget, Split
 from maskprune.structured.masks import Masks
 from maskprune.training.distributed import own_share, sum_shares
@@ -24,16 +31,21 @@ WARM_STARTS = ("none", "wanda-sp", "taylor")
 Saliency = tuple[torch.Tensor, torch.Tensor]
 
 
+def _outputs(layer: nn.Module, family: Family) -> dict[str, nn.Module]:
+    """W_down of a block by kind, and W_O where heads can go."""
+    outputs = {"ffn": ffn_output(layer, family)}
+    if family.prunes_heads:
+        outputs["head"] = attention_output(layer, family)
+    return outputs
+
+
 class Observer:
     """Hooks that show, for each layer, the inputs of W_O and W_down and their gradients."""
 
-    def __init__(self, model: nn.Module, family: Any, see: Callable[..., None]) -> None:
+    def __init__(self, model: nn.Module, family: Family, see: Callable[..., None]) -> None:
         self.handles = []
         for index, layer in enumerate(layers_of(model)):
-            for kind, module in (
-                ("head", attention_output(layer, family)),
-                ("ffn", ffn_output(layer, family)),
-            ):
+            for kind, module in _outputs(layer, family).items():
                 hook = self._hook(kind, index, see)
                 self.handles.append(module.register_forward_pre_hook(hook))
 
@@ -161,7 +173,8 @@ def wanda_sp(
     the unpruned model's activations throughout.
 
     Returns:
-        head (L, H) per query head, ffn (L, F), float32; comparable within a row only.
+        head (L, H) per query head (0 where heads stay), ffn (L, F), float32;
+        comparable within a row only.
     """
     family, shape = FAMILIES[masks.family], masks.shape
     squares: dict[tuple[str, int], torch.Tensor] = {}
@@ -182,10 +195,7 @@ def wanda_sp(
     head = torch.zeros(shape.layers, shape.heads, device=blocks.device)
     ffn = torch.zeros(shape.layers, shape.ffn, device=blocks.device)
     for index, layer in enumerate(layers_of(model)):
-        for kind, module in (
-            ("head", attention_output(layer, family)),
-            ("ffn", ffn_output(layer, family)),
-        ):
+        for kind, module in _outputs(layer, family).items():
             weight: Any = getattr(module, "base_layer", module).weight
             columns = weight.float().abs().mean(1 if family.transposed else 0)
             score = columns * squares[kind, index].sqrt()

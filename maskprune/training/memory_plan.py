@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from maskprune.hf.families import attention_output, family_of, ffn_output, layers_of
+from maskprune.hf.families import attention_output, family_of, ffn_output, layers_of, text_config
 from maskprune.hf.shape import shape_of
 
 # Of a device's memory; the rest is the context, the library's workspaces and what lies between.
@@ -53,17 +53,17 @@ def memory_parts(config: Any, load: Load, gpus: int) -> dict[str, int]:
         )
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
-    family, shape = family_of(config), shape_of(config)
+    family, shape, text = family_of(config), shape_of(config), text_config(config)
     dtype = getattr(config, "dtype", None) or torch.float32
     size = (getattr(torch, dtype) if isinstance(dtype, str) else dtype).itemsize
     T, c, d, F, L = (
         micro // gpus * load.seq_len,
         load.computed,
-        config.hidden_size,
+        text.hidden_size,
         shape.ffn,
         shape.layers,
     )
-    q, k, V = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, config.vocab_size
+    q, k, V = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, text.vocab_size
     A = S = r_in = r_out = 0
     for block in layers_of(model):
         outputs = [ffn_output(block, family)]

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from maskprune.hf.families import text_config
 from maskprune.training.data import token_blocks
 from maskprune.training.distributed import mean, on_first, start, world_size
 from maskprune.training.speed import bfloat16_is_faster
@@ -118,7 +119,9 @@ def use_autocast(config: Any, model: Any, device: torch.device) -> bool:
     if device.type != "cpu":
         return device.type == "cuda" and torch.cuda.is_bf16_supported()
     # Measured once: ranks that measured for themselves could differ.
-    return on_first(lambda: bfloat16_is_faster(model.config.hidden_size, config.seq_len))
+    return on_first(
+        lambda: bfloat16_is_faster(text_config(model.config).hidden_size, config.seq_len)
+    )
 
 
 def join_run(config: Any, model: Any) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from maskprune.files import own_file, replace_file
-from maskprune.hf.families import family_of, layers_of, stock_model
+from maskprune.hf.families import family_of, layers_of, linear_names, stock_model
 
 FORMAT = "maskprune-two-four-masks"
 FORMAT_VERSION = "1"
@@ -45,13 +45,9 @@ def prunable(model: nn.Module) -> dict[str, nn.Module]:
     """
     base = stock_model(model)
     family = family_of(base.config)
-    ffn = f"{family.ffn}." if family.ffn else ""
-    # From the table: modules are not registered in the order in which they run.
-    inside = [f"{family.attention}.{name}" for name in (*family.qkv, family.o)]
-    inside += [f"{ffn}{name}" for name in (*family.gate_up, family.down)]
     found = {}
     for index, layer in enumerate(layers_of(base)):
-        for path in inside:
+        for path in linear_names(layer, family):
             name = f"{family.layers}.{index}.{path}"
             module: Any = layer.get_submodule(path)
             module = getattr(module, "base_layer", module)

@@ -22,6 +22,7 @@ from maskprune.hf.equality import (
     hidden_states_of,
     require_equal,
 )
+from maskprune.hf.families import text_config
 from maskprune.hf.head import head_of, last_hidden_states
 from maskprune.training.checkpoints import mark_complete, open_run, temporary_folder
 from maskprune.training.data import block_order
@@ -216,7 +217,8 @@ def sparsify(
     magnitude = config.method == "magnitude"
     blocks = torch.empty(0, config.seq_len) if magnitude else as_blocks(data, tokenizer, config)
     set_seed(config.seed)
-    cached, core.config.use_cache = core.config.use_cache, False
+    text = text_config(core.config)
+    cached, text.use_cache = text.use_cache, False
     sample = blocks[: config.calibration_blocks]
     try:
         if config.method == "maskllm":
@@ -225,7 +227,7 @@ def sparsify(
         apply_masks(core, masks)
         return SparsifyResult(core, masks, None, [], 0)
     finally:
-        core.config.use_cache = cached
+        text.use_cache = cached
 
 
 def _learn(

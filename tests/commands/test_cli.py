@@ -394,3 +394,16 @@ def test_out_of_memory_is_one_line(error, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert said.startswith("maskprune prune: out of memory (") and said.count("\n") == 1
     assert "--batch-size" in said and "total capacity" not in said
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gpt_neo"])
+def test_a_multimodal_model_and_one_with_few_positions_are_pruned_and_checked(family, tmp_path):
+    write_text(tmp_path / "text.jsonl")
+    model = write_checkpoint(tmp_path / "model", family)
+    out, text = str(tmp_path / "out"), str(tmp_path / "text.jsonl")
+    options = [*PRUNE, "--sparsity", "0.2", "--data", text]
+    assert main(["prune", str(model), "-o", out, *options]) == 0
+    masks = f"{out}/maskprune/masks.safetensors"
+    assert main(["check", out, "--against", str(model), "--masks", masks]) == 0
+    dense = ["sparsify", str(model), "-o", str(tmp_path / "sparse"), "--method", "wanda"]
+    assert main([*dense, "--data", text, "--seq-len", "16"]) == 0

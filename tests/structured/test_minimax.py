@@ -219,3 +219,59 @@ def test_wrong_calls_say_what_to_do():
         Minimax(Masks(budget.shape, "query_head", "llama"), budget, 100)
     with pytest.raises(RuntimeError, match="budget is not reached.*train to the end"):
         Minimax(masks, budget, 100).finish()
+
+
+@pytest.mark.parametrize("head, ffn", [(0.0, 0.5), (1 / 3, 0.25)])
+@pytest.mark.parametrize("mode", ["minimax", "scheduled"])
+def test_a_split_by_hand_binds_from_the_first_step(head, ffn, mode):
+    """No kind loses more on the way than it loses in the end, and kept masks stay up."""
+    config = ARCHITECTURES["gqa-narrow"]
+    budget = Budget(config, head_sparsity=head, ffn_sparsity=ffn)
+    masks = Masks(budget.shape, "kv_group", config.model_type)
+    solver = Minimax(masks, budget, 60, mode=mode)
+    most = {"head": 0.0, "ffn": 0.0}
+    for _ in range(60):
+        masks.ffn.data.sub_(1e-6)
+        solver.step()
+        now = solver.read()
+        most = {k: max(v, now[f"r_{k}"]) for k, v in most.items()}
+    (split,) = budget.splits
+    assert (solver.split().head, solver.split().ffn) == (split.head, split.ffn)
+    assert most["head"] == pytest.approx(split.head / 3, abs=1e-6)
+    assert most["ffn"] == pytest.approx(split.ffn / 1536, abs=1e-6)
+    assert ((masks.head > 0.9).sum(1) == 3 - split.head).all()
+    assert ((masks.ffn > 0.9).sum(1) == 1536 - split.ffn).all()
+
+
+def test_no_unit_shrinks_before_it_is_due_as_a_whole():
+    """Two thirds of a KV group are no group: its mask is left alone."""
+    config = ARCHITECTURES["gqa-narrow"]
+    budget = Budget(config, 0.2)
+    masks = Masks(budget.shape, "kv_group", config.model_type)
+    solver = Minimax(masks, budget, 100)
+    for s_head, shrunk in ((0.0, 0), (0.67, 0), (1.0, 1), (1.9, 1), (2.0, 2)):
+        masks.head.data.fill_(1.0)
+        masks.ffn.data.sub_(1e-6)
+        solver.state[INDEX["s_head"]] = s_head
+        solver.step()
+        assert ((masks.head < 1).sum(1) == shrunk).all(), s_head
+
+
+def test_settled_masks_are_0_and_1_and_stay():
+    masks, _, solver = simulate(ARCHITECTURES["mha"], 0.25, 100)
+    order = masks.ffn.detach().sort(dim=1, stable=True).indices
+    left = solver.settle()
+    assert set(masks.ffn.unique().tolist()) | set(masks.head.unique().tolist()) <= {0.0, 1.0}
+    split = solver.split()
+    assert (masks.ffn.gather(1, order[:, : split.ffn]) == 0).all()
+    assert ((masks.ffn == 0).sum(1) == split.ffn).all()
+    assert ((masks.head == 0).sum(1) == split.head).all()
+    assert left["ffn"] >= 0 and solver.finish() == {"head": 0.0, "ffn": 0.0}
+
+
+def test_masks_do_not_settle_before_the_budget_is_reached():
+    config = ARCHITECTURES["mha"]
+    budget = Budget(config, 0.25)
+    solver = Minimax(Masks(budget.shape, "kv_group", config.model_type), budget, 100)
+    with pytest.raises(RuntimeError, match="the budget is not reached"):
+        solver.settle()

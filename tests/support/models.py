@@ -11,11 +11,28 @@ from maskprune.structured.masks import Masks
 
 VOCAB = 64
 
+# One family of each layout: where testing all of them would test the same code again.
+KINDS = (
+    "llama",
+    "cohere",
+    "gemma3",
+    "phi3",
+    "glm4",
+    "nanochat",
+    "qwen3_5_text",
+    "gpt2",
+    "gpt_neo",
+    "gpt_neox",
+    "opt",
+)
+
 
 def tiny_config(family: str, **changes: Any) -> Any:
     """A config of `family`: 2 layers, hidden 32, 4 heads of 8 in 2 groups, FFN 24."""
     from transformers import CONFIG_MAPPING
 
+    if family == "gemma3":
+        return _tiny_gemma3(**changes)
     common: dict[str, Any] = dict(
         vocab_size=VOCAB,
         hidden_size=32,
@@ -26,21 +43,53 @@ def tiny_config(family: str, **changes: Any) -> Any:
         eos_token_id=2,
         pad_token_id=0,
     )
-    if family == "gpt2":
+    if family in ("gpt2", "gpt_bigcode", "gptj"):
         common |= dict(n_inner=24, n_embd=32, n_layer=2, n_head=4, n_positions=64)
         common |= dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+        if family == "gptj":
+            common |= dict(rotary_dim=4, tie_word_embeddings=False)
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
             common.pop(name)
         common.pop("max_position_embeddings")
     elif family == "opt":
         common |= dict(ffn_dim=24, word_embed_proj_dim=32, dropout=0.0)
+    elif family == "gpt_neo":
+        common |= dict(intermediate_size=24, num_layers=2, num_heads=4, window_size=8)
+        common |= dict(attention_types=[[["global", "local"], 1]])
+        common |= dict(resid_dropout=0.0, embed_dropout=0.0, attention_dropout=0.0)
+        for name in ("num_hidden_layers", "num_attention_heads"):
+            common.pop(name)
     else:
         common |= dict(intermediate_size=24, num_key_value_heads=2)
-    if family in ("llama", "mistral", "qwen3", "gemma2", "gemma3_text"):
+    if "head_dim" in CONFIG_MAPPING[family].__annotations__:
         common["head_dim"] = 8
-    if family in ("gemma2", "gemma3_text"):
+    if family in ("gemma2", "gemma3_text", "vaultgemma"):
         common |= dict(query_pre_attn_scalar=8, sliding_window=16)
+    if family == "seed_oss":
+        common |= dict(residual_dropout=0.0, attention_dropout=0.0)
+    if family == "granite":
+        common |= dict(logits_scaling=4.0, residual_multiplier=0.5, attention_multiplier=0.5)
+    if family == "qwen3_5_text":
+        common |= dict(layer_types=["linear_attention", "full_attention"])
+        common |= dict(linear_key_head_dim=8, linear_value_head_dim=8)
+        common |= dict(linear_num_key_heads=2, linear_num_value_heads=4)
     return CONFIG_MAPPING[family](**(common | changes))
+
+
+def _tiny_gemma3(**changes: Any) -> Any:
+    """Gemma 3 with its vision tower: one layer of hidden size 8 on a picture of 4 patches."""
+    from transformers import CONFIG_MAPPING
+
+    vision = dict(hidden_size=8, intermediate_size=12, num_hidden_layers=1)
+    vision |= dict(num_attention_heads=2, image_size=28, patch_size=14)
+    return CONFIG_MAPPING["gemma3"](
+        text_config=tiny_config("gemma3_text", **changes).to_dict(),
+        vision_config=vision,
+        mm_tokens_per_image=4,
+        image_token_index=VOCAB - 1,
+        boi_token_index=VOCAB - 2,
+        eoi_token_index=VOCAB - 3,
+    )
 
 
 def tiny_model(

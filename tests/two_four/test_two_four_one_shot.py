@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from models import tiny_model, tokens
+from models import KINDS, tiny_model, tokens
 from peft import LoraConfig, get_peft_model
 
-from maskprune.hf.families import FAMILIES, layers_of
+from maskprune.hf.families import layers_of
 from maskprune.two_four import (
     METHODS,
     apply_masks,
@@ -262,7 +262,7 @@ def sequentially(model, method, blocks, update):
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", KINDS)
 def test_masks_are_those_of_the_definition_and_the_model_is_as_before(family, method, monkeypatch):
     # Three micro-batches, the last of another size.
     monkeypatch.setattr(one_shot, "TOKENS_AT_ONCE", 40)
@@ -322,7 +322,7 @@ def test_blocks_with_attention_of_their_own_kind_keep_it(method):
     assert all(torch.equal(masks[name], mask) for name, mask in expected.items())
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", KINDS)
 def test_magnitude_needs_no_text(family):
     model = tiny_model(family)
     before = bits(model)
