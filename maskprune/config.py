@@ -116,7 +116,8 @@ class PruneConfig(RunConfig, BudgetConfig):
 
     method: str = _setting(
         "maskprune",
-        "maskprune, or a one-shot baseline with the same training after it: wanda-sp, taylor.",
+        "maskprune, or a one-shot baseline with the same training after it: wanda-sp, taylor,"
+        " random.",
     )
     mode: str = _setting(
         "minimax", "minimax learns the split; scheduled prunes heads and FFN in equal fractions."
@@ -162,7 +163,7 @@ class PruneConfig(RunConfig, BudgetConfig):
         super().__post_init__()
         _require_choices(
             self,
-            method=("maskprune", "wanda-sp", "taylor"),
+            method=("maskprune", "wanda-sp", "taylor", "random"),
             mode=("minimax", "scheduled"),
             warm_start=("none", "wanda-sp", "taylor"),
             kl_direction=("teacher_student", "student_teacher"),

@@ -1,11 +1,15 @@
-"""MaskPrune against Wanda-sp followed by the same adapter training, on the demo model.
+"""MaskPrune against one-shot choices followed by the same adapter training.
 
     python -m benchmarks.quality.structured --rows benchmarks/results/quality.jsonl
 
 All arms read the same tokens in the same order and train adapters of the same places and ranks
 with the same loss and rates. `wanda-sp` prunes equal fractions of heads and FFN, as published;
 `wanda-sp-split` is given the shape that MaskPrune learned, `wanda-sp-split-compensated` its
-compensation as well. Held-out perplexity is on text that no arm read.
+compensation as well, and `taylor-` and `random-split-compensated` are the same for the ranking
+that MaskPrune starts from and for none. `maskprune-shuffled` is MaskPrune whose mask gradients are
+permuted within each row: what it finds owes nothing to which gradient belongs to which unit.
+`--model small-llama` takes the model of `benchmarks.quality.small_llama`. Held-out perplexity is
+on text that no arm read.
 """
 
 from __future__ import annotations
@@ -18,14 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 from benchmarks.harness import Parser, environment, fix_threads, write_rows
 from benchmarks.harness.rows import MEASURED
+from benchmarks.quality import small_llama
 from maskprune.commands.evaluate import perplexity
 from maskprune.config import PruneConfig
-from maskprune.hf.demo_model import demo_model_dir, demo_text
+from maskprune.hf.demo_model import MODEL_NAME, demo_text
 from maskprune.hf.load import load_model
-from maskprune.hf.shape import Shape
+from maskprune.hf.shape import Shape, shape_of
 from maskprune.structured.prune import prune
 from maskprune.training.data import token_blocks
 from maskprune.training.speed import bfloat16_is_faster
@@ -37,6 +43,8 @@ ARMS = {
     "wanda-sp-split": ("wanda-sp", True, False),
     "wanda-sp-split-compensated": ("wanda-sp", True, True),
     "taylor-split-compensated": ("taylor", True, True),
+    "random-split-compensated": ("random", True, True),
+    "maskprune-shuffled": ("maskprune", True, True),
     "maskprune-plain": ("maskprune", False, False),
 }
 
@@ -44,8 +52,29 @@ ARMS = {
 # What a run finds, in which it may differ from an older one that it replaces.
 FOUND = (
     *MEASURED, "sparsity", "heads", "kv_heads", "ffn", "last_kl", "locked_at", "residual",
-    "train_seconds", "ppl_held_out", "ppl_text", "ppl_dtype",
+    "train_seconds", "ppl_held_out", "ppl_text", "ppl_dtype", "kl_at_lock", "moved_head",
+    "moved_ffn", "signal_ffn",
 )  # fmt: skip
+
+
+class ShuffleMaskGradients(TrainerCallback):
+    """Permutes each row's mask gradients before the optimizer sees them."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+        modules = dict(kw["model"].named_modules())
+        masks = next(m for name, m in modules.items() if name.endswith("maskprune"))
+        for mask in masks.parameters():
+            if mask.grad is not None and mask.numel():
+                order = torch.rand(mask.shape, generator=self.generator).argsort(dim=1)
+                mask.grad.copy_(mask.grad.gather(1, order))
+
+
+def load(name: str) -> tuple[Any, Any]:
+    """(model, tokenizer) in float32."""
+    return load_model(small_llama.folder() if name == "small-llama" else name, dtype="float32")
 
 
 def settings(args: Any, arm: str, seed: int, shape: Shape | None, dense: Shape) -> PruneConfig:
@@ -74,17 +103,21 @@ def settings(args: Any, arm: str, seed: int, shape: Shape | None, dense: Shape) 
 def one_run(args: Any, arm: str, seed: int, shape: Shape | None) -> tuple[dict[str, Any], Shape]:
     """Prune once and measure; returns the row and the shape it ended in."""
     train, held_out = demo_text()
-    model, tokenizer = load_model(demo_model_dir(), dtype="float32")
-    from maskprune.hf.shape import shape_of
-
+    model, tokenizer = load(args.model)
     dense = shape_of(model.config)
     config = settings(args, arm, seed, shape, dense)
     blocks = token_blocks(train, tokenizer, args.seq_len, seed=seed)
     started = time.monotonic()
-    result = prune(model, tokenizer, blocks, config, quiet=args.quiet)
+    shuffled = [ShuffleMaskGradients(seed)] if arm == "maskprune-shuffled" else []
+    result = prune(model, tokenizer, blocks, config, quiet=args.quiet, callbacks=shuffled)
     seconds = time.monotonic() - started
+    settled = [r for r in result.trace if r["locked"]]
+    read = 0 if config.warm_start == "none" else config.warm_start_blocks * args.seq_len
+    if config.compensate:
+        read += config.compensation_tokens or 32 * dense.ffn
     row: dict[str, Any] = {
         "op": "quality",
+        "model": args.model,
         "provider": arm,
         "seed": seed,
         "sparsity": 1 - result.trace[-1]["R"],
@@ -97,11 +130,18 @@ def one_run(args: Any, arm: str, seed: int, shape: Shape | None) -> tuple[dict[s
         "output_r": config.output_r,
         "compensate": config.compensate,
         "warm_start": config.warm_start if config.method == "maskprune" else None,
-        "last_kl": result.trace[-1]["kl"],
+        "tokens_read": args.steps * args.batch_size * args.seq_len + read,
+        "kl_at_lock": settled[0]["kl"],
+        "last_kl": sum(r["kl"] for r in settled[-3:]) / len(settled[-3:]),
         "locked_at": next((r["step"] for r in result.trace if r["locked"]), None),
         "residual": max(result.residuals.values()),
         "train_seconds": round(seconds, 1),
     }
+    moved = {
+        k: v for k, v in result.trace[-1].items() if k.startswith("moved_") and "rank" not in k
+    }
+    signals = [r["signal_ffn"] for r in result.trace if "signal_ffn" in r and not r["locked"]]
+    row |= moved | ({"signal_ffn": sum(signals) / len(signals)} if signals else {})
     row |= {f"set_{name}": value for name, value in args.set}
     row |= perplexities(args, result.model, tokenizer, held_out)
     return row, result.shape
@@ -142,6 +182,7 @@ def pair(text: str) -> tuple[str, Any]:
 
 def main() -> int:
     parser = Parser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", default=MODEL_NAME, help="MODEL, or small-llama")
     parser.add_argument("--sparsity", type=float, default=0.2)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--batch-size", type=int, default=2)
@@ -177,8 +218,8 @@ def main() -> int:
     fix_threads(args.threads)
     common = environment("cpu", 0)
 
-    model, tokenizer = load_model(demo_model_dir(), dtype="float32")
-    dense = {"op": "quality", "provider": "dense"} | perplexities(
+    model, tokenizer = load(args.model)
+    dense = {"op": "quality", "model": args.model, "provider": "dense"} | perplexities(
         args, model, tokenizer, demo_text()[1]
     )
     rows = [common | dense]

@@ -282,10 +282,15 @@ def one_shot(
 ) -> Split:
     """Set the least salient units of every row to 0 and all others to 1; returns the split.
 
-    With `wanda-sp` and the adapters' training after it, this is the baseline that a learned
-    method has to beat.
+    With the adapters' training after it, this is the baseline that a learned method has to beat:
+    `wanda-sp`, `taylor`, or `random` from torch's own generator, which reads no text.
     """
-    saliency = (taylor if kind == "taylor" else wanda_sp)(model, masks, blocks, progress)
+    if kind == "random":
+        shape = masks.shape
+        saliency = torch.rand(shape.layers, shape.heads), torch.rand(shape.layers, shape.ffn)
+        saliency = saliency[0].to(masks.ffn.device), saliency[1].to(masks.ffn.device)
+    else:
+        saliency = (taylor if kind == "taylor" else wanda_sp)(model, masks, blocks, progress)
     split = nearest_equal(budget)
     ranked = [(masks.ffn, saliency[1], split.ffn)]
     if masks.head.numel():

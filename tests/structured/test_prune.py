@@ -279,6 +279,13 @@ def test_masks_settle_when_the_shape_locks_and_the_rate_warms_up_again(tmp_path)
     assert rates[lock + 2] > rates[lock + 3] > rates[-1]
 
 
+def test_the_random_baseline_prunes_other_units_for_another_seed():
+    a, b, c = run(method="random"), run(method="random"), run(method="random", seed=1)
+    assert torch.equal(a.masks.ffn, b.masks.ffn)
+    assert not torch.equal(a.masks.ffn, c.masks.ffn)
+    assert a.shape == c.shape and ((a.masks.ffn != 0).sum(1) == a.shape.ffn).all()
+
+
 def test_the_trace_says_what_moved_and_how_clear_the_gradients_are():
     rows = run(steps=60).trace
     assert all(0 <= row["moved_ffn"] <= 1 for row in rows)
