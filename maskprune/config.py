@@ -62,7 +62,7 @@ class BudgetConfig:
         None, "FFN widths are multiples of it; 256, 64 below 4096, 8 below 512."
     )
     arch_fallback: str = _setting(
-        "mistral", "Where Llama refuses the head count: mistral, divisor or error."
+        "mistral", "mistral: the class that most engines run; divisor, error: the original's."
     )
     targets: str | None = _setting(
         None, "Engines to lint the shape for: vllm,gguf,awq128,fp8,tp=4."

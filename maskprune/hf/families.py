@@ -43,8 +43,6 @@ class Family:
     transposed: bool = False
     fused: bool = False
     no_heads: str | None = None
-    heads_divide_hidden: bool = False
-    twin: str | None = None
 
     @property
     def prunes_heads(self) -> bool:
@@ -60,21 +58,20 @@ class Family:
 FAMILIES: dict[str, Family] = {
     row.model_type: row
     for row in (
-        Family("llama", heads_divide_hidden=True, twin="mistral"),
+        Family("llama"),
         Family("mistral"),
         Family("qwen2"),
         Family("qwen3"),
+        Family("seed_oss"),
         Family(
             "gemma2",
             activation="gelu_tanh",
             softcap="final_logit_softcapping",
-            heads_divide_hidden=True,
         ),
         Family(
             "gemma3_text",
             activation="gelu_tanh",
             softcap="final_logit_softcapping",
-            heads_divide_hidden=True,
         ),
         Family("phi3", qkv=("qkv_proj",), gate_up=("gate_up_proj",), fused=True),
         Family(

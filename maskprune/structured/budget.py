@@ -13,7 +13,7 @@ import torch
 
 from maskprune.config import BudgetConfig
 from maskprune.hf.families import family_of
-from maskprune.hf.pruned_config import ARCH_FALLBACKS, takes_heads
+from maskprune.hf.pruned_config import ARCH_FALLBACKS, takes_heads, why_heads_stay
 from maskprune.hf.shape import Shape, shape_of
 from maskprune.structured.cuts import HEAD_UNITS, mask_rows
 
@@ -62,7 +62,7 @@ class Budget:
             query heads out of every group).
         multiple_of: FFN widths are multiples of it; None chooses 256, 64 or 8 by the width.
         head_sparsity, ffn_sparsity: a split fixed by hand, in [0, 1); both, instead of `sparsity`.
-        arch_fallback: `mistral`, `divisor` or `error`, see `target_config`.
+        arch_fallback: `mistral`, `divisor` or `error`, see `pruned_class`.
 
     Raises:
         TypeError: a sparsity that is not a number.
@@ -206,10 +206,10 @@ class Budget:
         for name, value in (("head_sparsity", head), ("ffn_sparsity", ffn)):
             if not 0 <= value < 1:
                 raise ValueError(f"{name} is {value}; expected a number in [0, 1)")
-        if head and not self.head_units:
+        if head and (why := why_heads_stay(self.config, self.arch_fallback)):
             raise ValueError(
                 f"head_sparsity is {head}, but {self.family.model_type} keeps its heads: "
-                f"{self.family.no_heads}; leave it at 0"
+                f"{why}; leave it at 0"
             )
         heads = self._head_choices()
         wanted = head * self.head_units

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from maskprune.hf.pruned_config import target_config
+from maskprune.hf.pruned_config import target_config, why_heads_stay
 from maskprune.hf.shape import Shape, shape_of
 from maskprune.structured.budget import Budget, Split, layer_weights
 
@@ -133,8 +133,9 @@ def plan(config: Any, budget: Budget, targets: str | None = None) -> Plan:
             why += "the class of the original takes the shape"
         else:
             why += (
-                f"the {config.model_type} class refuses {shape.heads} heads at hidden size "
-                f"{config.hidden_size}; {small.model_type} computes the same logits"
+                f"computes the same logits, and more engines run {shape.heads} heads of "
+                f"{shape.head_dim} at hidden size {config.hidden_size} in it than in "
+                f"{config.model_type}"
             )
         choices.append((split, cost(small), why, lint(shape, targets, before)))
     return Plan(cost(config), budget, choices)
@@ -165,6 +166,9 @@ def render(made: Plan) -> str:
         padded = [row[0].ljust(widths[0])]
         padded += [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
         lines.append("  ".join(padded).rstrip())
+    budget = made.budget
+    if why := why_heads_stay(budget.config, budget.arch_fallback):
+        lines.append(f"Heads stay: {why}.")
     if len(made.choices) > 1:
         lines.append("Training learns which of these shapes it ends in; all meet the budget.")
     for number, (_, _, why, notes) in enumerate(made.choices, 1):

@@ -36,7 +36,7 @@ def tiny_config(family: str, **changes: Any) -> Any:
         common |= dict(ffn_dim=24, word_embed_proj_dim=32, dropout=0.0)
     else:
         common |= dict(intermediate_size=24, num_key_value_heads=2)
-    if family in ("llama", "mistral", "qwen3", "gemma2", "gemma3_text"):
+    if family in ("llama", "mistral", "qwen3", "seed_oss", "gemma2", "gemma3_text"):
         common["head_dim"] = 8
     if family in ("gemma2", "gemma3_text"):
         common |= dict(query_pre_attn_scalar=8, sliding_window=16)
