@@ -366,6 +366,16 @@ class ExportConfig:
 
 
 @dataclass(frozen=True)
+class ConvertConfig:
+    """What `maskprune convert` writes: one GGUF file."""
+
+    folder: str = field(metadata={"help": "Checkpoint folder."})
+    output: str = field(metadata={"help": "GGUF file to write.", "aliases": ["-o"]})
+    quantize: str | None = _setting(None, "Q8_0, Q4_K_M, ...; 16 bits as stored without it.")
+    overwrite: bool = _setting(False, "Replace the file.")
+
+
+@dataclass(frozen=True)
 class CheckConfig:
     """What `maskprune check` looks at."""
 
