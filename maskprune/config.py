@@ -65,7 +65,7 @@ class BudgetConfig:
         "mistral", "mistral: the class that most engines run; divisor, error: the original's."
     )
     targets: str | None = _setting(
-        None, "Engines to lint the shape for: vllm,gguf,awq128,fp8,tp=4."
+        None, "Any of vllm,llama.cpp,openvino,ct2,ort,mlx,sglang,awq128,fp8,tp=4."
     )
 
 
@@ -384,7 +384,9 @@ class CheckConfig:
     masks: str | None = _setting(
         None, "Masks to apply to --against: a file or a run's folder; the checkpoint's own, if any."
     )
-    targets: str | None = _setting(None, "Engines to lint for: vllm,gguf,awq128,fp8,tp=4.")
+    targets: str | None = _setting(
+        None, "Any of vllm,llama.cpp,openvino,ct2,ort,mlx,sglang,awq128,fp8,tp=4."
+    )
 
 
 @dataclass(frozen=True)
