@@ -42,6 +42,14 @@ _DERIVES_HEAD_SIZE: dict[str, tuple[str, ...]] = {
     "mlx": ("qwen2",),
     "sglang": ("qwen2",),
 }
+# Lines of an engine that was run, in which this class was not.
+_NOT_RUN: dict[str, tuple[str, ...]] = {
+    "vllm": ("seed_oss",),
+    "llama.cpp": ("phi3", "olmo2", "gemma3_text"),
+    "ct2": ("qwen2",),
+    "ort": ("mistral", "qwen2"),
+}
+NOT_RUN = "read, not run"
 K_BLOCK = 256
 
 
@@ -52,10 +60,11 @@ class Verdict:
     engine: str
     answer: str
     why: str
+    known: str
 
     def __str__(self) -> str:
         text = f"{self.engine}: {self.answer}"
-        return f"{text}{f', {self.why}' if self.why else ''} ({TRIED[self.engine]})"
+        return f"{text}{f', {self.why}' if self.why else ''} ({self.known})"
 
 
 def engine_name(target: str) -> str | None:
@@ -74,28 +83,28 @@ def verdict(config: Any, engine: str) -> Verdict | None:
     model_type = config.model_type
     if model_type not in FAMILIES:
         return None
-    shape = shape_of(config)
+    known = NOT_RUN if model_type in _NOT_RUN.get(engine, ()) else TRIED[engine]
+    answer, why = _answer(config, engine)
+    return Verdict(engine, answer, why, NOT_RUN if answer == "unknown" else known)
+
+
+def _answer(config: Any, engine: str) -> tuple[str, str]:
+    model_type, shape = config.model_type, shape_of(config)
     if model_type not in _RUNS[engine]:
-        if engine == "vllm" and model_type == "seed_oss":
-            return Verdict(engine, "unknown", "it has the class through transformers, not run yet")
-        return Verdict(engine, "unknown", f"the {model_type} class was not tried")
+        return "unknown", f"the {model_type} class was not tried"
     own_head_size = shape.heads * shape.head_dim != config.hidden_size
     if own_head_size and model_type in _DERIVES_HEAD_SIZE[engine]:
-        return Verdict(
-            engine,
-            "refused",
+        return "refused", (
             f"it takes hidden / heads for the head size in the {model_type} class, not "
-            f"{shape.head_dim}",
+            f"{shape.head_dim}"
         )
     if engine == "ct2" and model_type == "llama" and getattr(config, "attention_bias", False):
-        return Verdict(engine, "refused", "it drops Llama's biases without a word")
+        return "refused", "it drops Llama's biases without a word"
     if engine == "llama.cpp" and (fallbacks := k_quant_fallbacks(config.hidden_size, shape)):
-        return Verdict(
-            engine,
-            "slower",
-            f"K-quants take larger types for {', '.join(fallbacks)}; F16 and Q8_0 are not affected",
+        return "slower", (
+            f"K-quants take larger types for {', '.join(fallbacks)}; F16 and Q8_0 are not affected"
         )
-    return Verdict(engine, "loads", "")
+    return "loads", ""
 
 
 def k_quant_fallbacks(hidden: int, shape: Shape) -> list[str]:

@@ -64,7 +64,9 @@ def tp_sizes(shape: Shape, largest: int = 64) -> list[int]:
 
 
 def lint(shape: Shape, targets: str | None, before: Shape | None = None) -> list[str]:
-    """What is misaligned for `targets`, a comma-separated list of TARGETS; a misalignment that the dense model (`before`) has already says so.
+    """What is misaligned for `targets`, a comma-separated list of TARGETS.
+
+    A misalignment that the dense model (`before`) has already says so.
 
     Raises:
         ValueError: an unknown target.

@@ -6,7 +6,7 @@ import pytest
 from models import tiny_config
 from transformers import LlamaConfig
 
-from maskprune.hf.engines import ENGINES, TRIED, verdict
+from maskprune.hf.engines import ENGINES, NOT_RUN, TRIED, verdict
 from maskprune.hf.families import FAMILIES
 from maskprune.structured.budget import Budget
 from maskprune.structured.plan import plan, render
@@ -40,7 +40,8 @@ FEWER = {"num_attention_heads": 2, "head_dim": 8}
 def test_engines_take_these_classes_and_shapes(engine, family, changes, answer):
     found = verdict(tiny_config(family, **changes), engine)
     assert found.answer == answer, str(found)
-    assert (TRIED[engine] in str(found)) and bool(found.why) == (answer != "loads")
+    assert found.known in (TRIED[engine], NOT_RUN) and found.known in str(found)
+    assert bool(found.why) == (answer != "loads")
 
 
 @pytest.mark.parametrize("engine", ENGINES)
