@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from maskprune.config import (
     CheckConfig,
+    ConvertConfig,
     EvalConfig,
     ExportConfig,
     PlanConfig,
@@ -36,6 +37,7 @@ usage: maskprune COMMAND ... ; maskprune COMMAND --help shows its flags
   prune  MODEL -o OUT --sparsity 0.2    learn the masks, write a stock checkpoint
   sparsify MODEL -o OUT                 2:4: two of every four weights at zero, masks learned
   export MODEL --masks FILE -o OUT      fold masks into a checkpoint on disk, streaming
+  convert DIR -o FILE.gguf              one file for llama.cpp, quantised or not
   check  DIR                            is it stock, who loads it, does it equal its origin
   eval   MODEL --ppl FILE --tasks NAMES perplexity and lm-eval tasks
   report RUN                            the run's plots and tables as one page
@@ -205,6 +207,18 @@ def export(argv: Sequence[str]) -> int:
     return 0
 
 
+def convert(argv: Sequence[str]) -> int:
+    """`maskprune convert`."""
+    (settings,), _ = parse(
+        "convert", [ConvertConfig], argv, "A checkpoint folder to one GGUF file for llama.cpp."
+    )
+    from maskprune.commands.convert import convert as run
+
+    options = dataclasses.asdict(settings)
+    print(run(options.pop("folder"), options.pop("output"), **options))
+    return 0
+
+
 def check(argv: Sequence[str]) -> int:
     """`maskprune check`; exit code 1 where a check fails."""
     (settings,) = parse("check", [CheckConfig], argv, "Is this folder a stock checkpoint?")
@@ -267,6 +281,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "prune": prune,
     "sparsify": sparsify,
     "export": export,
+    "convert": convert,
     "check": check,
     "eval": evaluate,
     "report": report,

@@ -62,10 +62,10 @@ class BudgetConfig:
         None, "FFN widths are multiples of it; 256, 64 below 4096, 8 below 512."
     )
     arch_fallback: str = _setting(
-        "mistral", "Where Llama refuses the head count: mistral, divisor or error."
+        "mistral", "mistral: the class that most engines run; divisor, error: the original's."
     )
     targets: str | None = _setting(
-        None, "Engines to lint the shape for: vllm,gguf,awq128,fp8,tp=4."
+        None, "Any of vllm,llama.cpp,openvino,ct2,ort,mlx,sglang,awq128,fp8,tp=4."
     )
 
 
@@ -367,6 +367,16 @@ class ExportConfig:
 
 
 @dataclass(frozen=True)
+class ConvertConfig:
+    """What `maskprune convert` writes: one GGUF file."""
+
+    folder: str = field(metadata={"help": "Checkpoint folder."})
+    output: str = field(metadata={"help": "GGUF file to write.", "aliases": ["-o"]})
+    quantize: str | None = _setting(None, "Q8_0, Q4_K_M, ...; 16 bits as stored without it.")
+    overwrite: bool = _setting(False, "Replace the file.")
+
+
+@dataclass(frozen=True)
 class CheckConfig:
     """What `maskprune check` looks at."""
 
@@ -375,7 +385,9 @@ class CheckConfig:
     masks: str | None = _setting(
         None, "Masks to apply to --against: a file or a run's folder; the checkpoint's own, if any."
     )
-    targets: str | None = _setting(None, "Engines to lint for: vllm,gguf,awq128,fp8,tp=4.")
+    targets: str | None = _setting(
+        None, "Any of vllm,llama.cpp,openvino,ct2,ort,mlx,sglang,awq128,fp8,tp=4."
+    )
 
 
 @dataclass(frozen=True)

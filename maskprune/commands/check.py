@@ -51,7 +51,7 @@ def check(
     from maskprune.hf.families import FAMILIES
     from maskprune.hf.load import check_checkpoint, load_model
     from maskprune.hf.shape import shape_of
-    from maskprune.structured.plan import lint, tp_sizes
+    from maskprune.structured.plan import engine_notes, lint, tp_sizes
 
     folder, found = Path(folder), Findings()
     if not folder.is_dir():
@@ -86,7 +86,9 @@ def check(
         )
         sizes = ", ".join(map(str, tp_sizes(shape)))
         found.notes.append(f"tensor-parallel sizes: {sizes}")
-        found.notes += [f"misaligned for {n}" for n in lint(shape, targets or "vllm,gguf,awq128")]
+        asked = targets or "vllm,gguf,awq128"
+        found.notes += [f"misaligned for {n}" for n in lint(shape, asked)]
+        found.notes += engine_notes(config, asked)
     else:
         found.notes.append(f"family {config.model_type} is not in maskprune's table")
     model, tokenizer = load_model(folder)

@@ -29,7 +29,6 @@ class Family:
             see `head.Head`.
         transposed: weights are (in, out), GPT-2's Conv1D.
         no_heads: why heads stay, or None where they can go.
-        heads_divide_hidden: the config class refuses head counts that do not divide d.
         on_disk: (start of a name in a checkpoint, in the model), where the two differ.
         refuses: why a variant, told by its config, is not supported.
     """
@@ -54,8 +53,6 @@ class Family:
     transposed: bool = False
     fused: bool = False
     no_heads: str | None = None
-    heads_divide_hidden: bool = False
-    twin: str | None = None
     on_disk: tuple[tuple[str, str], ...] = ()
     refuses: Callable[[Any], str | None] = lambda config: None
 
@@ -95,7 +92,7 @@ _GPT: dict[str, Any] = dict(
     width_field="n_inner",
     no_heads=_NO_HEAD_SIZE,
 )
-_GEMMA: dict[str, Any] = dict(activation="gelu_tanh", heads_divide_hidden=True)
+_GEMMA: dict[str, Any] = dict(activation="gelu_tanh")
 _SOFTCAP = "final_logit_softcapping"
 
 
@@ -117,7 +114,7 @@ def _refuses_qk_layernorm(config: Any) -> str | None:
 FAMILIES: dict[str, Family] = {
     row.model_type: row
     for row in (
-        Family("llama", heads_divide_hidden=True, twin="mistral"),
+        Family("llama"),
         Family("mistral"),
         Family("ministral3"),
         Family("qwen2"),
@@ -131,7 +128,7 @@ FAMILIES: dict[str, Family] = {
         Family("ernie4_5"),
         Family("hunyuan_v1_dense"),
         Family("olmo"),
-        Family("cwm", heads_divide_hidden=True),
+        Family("cwm"),
         Family("gemma", **_GEMMA),
         Family("gemma2", softcap=_SOFTCAP, **_GEMMA),
         Family("gemma3_text", softcap=_SOFTCAP, **_GEMMA),
@@ -167,9 +164,9 @@ FAMILIES: dict[str, Family] = {
         ),
         Family("starcoder2", gate_up=("c_fc",), down="c_proj", activation="gelu_tanh"),
         Family("nemotron", gate_up=("up_proj",), activation="relu2"),
-        Family("arcee", gate_up=("up_proj",), activation="relu2", heads_divide_hidden=True),
+        Family("arcee", gate_up=("up_proj",), activation="relu2"),
         Family("apertus", gate_up=("up_proj",), activation="xielu"),
-        Family("jais2", gate_up=("up_proj",), activation="relu2", heads_divide_hidden=True),
+        Family("jais2", gate_up=("up_proj",), activation="relu2"),
         Family("nanochat", gate_up=("fc1",), down="fc2", activation="relu2", softcap=_SOFTCAP),
         Family("olmo2", no_heads=_WHOLE_NORM),
         Family("olmo3", no_heads=_WHOLE_NORM),

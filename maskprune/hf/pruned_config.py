@@ -10,44 +10,113 @@ from maskprune.hf.shape import Shape
 
 ARCH_FALLBACKS = ("mistral", "divisor", "error")
 
-# What the Mistral class shares with Llama; its own sliding_window defaults to 4096, so it is
-# always written as None.
-_MISTRAL_FIELDS = (
+# Classes that compute the same function once heads are gone, and their settings; the first that
+# takes the shape is chosen. Engines read a head size that is
+# not hidden / heads in the Mistral class everywhere, in Llama's in most, in Qwen2's and Phi-3's
+# nowhere (docs/engines.md).
+_TWINS: dict[str, dict[str, dict[str, Any]]] = {
+    # The Mistral class takes its default window of 4096 where none is named.
+    "llama": {
+        "mistral": {"sliding_window": None},
+        "llama": {},
+        "seed_oss": {"attention_out_bias": True, "residual_dropout": 0.0},
+    },
+    "qwen2": {
+        "llama": {"attention_bias": True, "mlp_bias": False},
+        "seed_oss": {"attention_bias": True, "mlp_bias": False, "residual_dropout": 0.0},
+    },
+    "phi3": {"mistral": {}},
+}
+
+_SHARED_FIELDS = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
     "num_key_value_heads head_dim hidden_act max_position_embeddings initializer_range "
     "rms_norm_eps use_cache pad_token_id bos_token_id eos_token_id tie_word_embeddings "
-    "rope_parameters attention_dropout dtype"
+    "rope_parameters attention_dropout attention_bias mlp_bias sliding_window dtype"
 ).split()
+
+# transformers >= 5.4 refuses these where the head count does not divide the hidden size.
+_HEADS_DIVIDE_HIDDEN = (
+    "llama",
+    "cwm",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gemma3",
+    "vaultgemma",
+    "arcee",
+    "jais2",
+)
+
+
+def pruned_class(config: Any, heads: int, arch_fallback: str = "mistral") -> str | None:
+    """The stock class of this model with `heads` query heads a layer; None where none takes it.
+
+    Args:
+        config: transformers config of the model as it is.
+        heads: query heads of a layer after pruning.
+        arch_fallback: `mistral` chooses the class that most engines run, which for some families
+            is another one; `divisor` and `error` stay in the class of the original.
+    """
+    native: str = config.model_type
+    if heads == text_config(config).num_attention_heads:
+        return native
+    if not family_of(config).prunes_heads:
+        return None
+    if arch_fallback == "mistral":
+        for twin in _TWINS.get(native, {}):
+            if _same_function(config, twin) and _takes(config, twin, heads):
+                return twin
+        if native in ("qwen2", "phi3"):
+            return None
+    return native if _takes(config, native, heads) else None
 
 
 def takes_heads(config: Any, heads: int, arch_fallback: str = "mistral") -> bool:
-    """Whether a stock config class loads this model with `heads` query heads a layer.
+    """Whether a stock class loads this model with `heads` query heads a layer."""
+    return pruned_class(config, heads, arch_fallback) is not None
 
-    transformers >= 5.4 refuses a Llama or Gemma config whose hidden size the head count does not
-    divide, head size given or not; the Mistral class takes any count with bit-identical logits.
-    """
-    family, text = family_of(config), text_config(config)
-    if heads == text.num_attention_heads or not family.heads_divide_hidden:
+
+def why_heads_stay(config: Any, arch_fallback: str = "mistral") -> str | None:
+    """Why no head of this model can go, or None where some can."""
+    family = family_of(config)
+    if not family.prunes_heads:
+        return family.no_heads
+    counts = range(1, text_config(config).num_attention_heads)
+    if any(takes_heads(config, heads, arch_fallback) for heads in counts):
+        return None
+    if config.model_type == "qwen2":
+        why = "some of its layers attend through a sliding window"
+    elif config.model_type == "phi3":
+        why = "it rotates a part of each head only"
+    else:
+        why = "no smaller head count divides its hidden size"
+    return f"{why}, which no class that engines run with fewer heads can express"
+
+
+def _takes(config: Any, model_type: str, heads: int) -> bool:
+    return model_type not in _HEADS_DIVIDE_HIDDEN or text_config(config).hidden_size % heads == 0
+
+
+def _same_function(config: Any, twin: str) -> bool:
+    """Whether the class `twin` computes what `config` does."""
+    if twin == config.model_type:
         return True
-    return text.hidden_size % heads == 0 or (
-        arch_fallback == "mistral" and can_become_mistral(config)
-    )
-
-
-def can_become_mistral(config: Any) -> bool:
-    """Whether the Mistral class computes the same function: Llama without biases."""
-    biased = getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)
-    return family_of(config).twin == "mistral" and not biased
+    if config.model_type == "llama":
+        return not config.mlp_bias and config.attention_bias == (twin == "seed_oss")
+    if config.model_type == "qwen2":
+        return set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}
+    rope = getattr(config, "rope_parameters", None) or {}
+    return float(rope.get("partial_rotary_factor", 1.0)) == 1.0
 
 
 def target_config(config: Any, shape: Shape, arch_fallback: str = "mistral") -> Any:
-    """The stock config of `config` cut to `shape`; a Mistral config where Llama's refuses it.
+    """The stock config of `config` cut to `shape`, of the class that `pruned_class` names.
 
     Args:
         config: transformers config of the model as it is; left as it was.
         shape: the uniform shape to come.
-        arch_fallback: `mistral` (go through the Mistral class where needed), `divisor` or `error`
-            (stay in the native class).
+        arch_fallback: see `pruned_class`.
 
     Raises:
         ValueError: no allowed stock class takes the shape.
@@ -57,18 +126,20 @@ def target_config(config: Any, shape: Shape, arch_fallback: str = "mistral") -> 
             f"arch_fallback is {arch_fallback!r}; expected one of {', '.join(ARCH_FALLBACKS)}"
         )
     family, text = family_of(config), text_config(config)
-    if not takes_heads(config, shape.heads, arch_fallback):
-        legal = [h for h in range(1, text.num_attention_heads + 1) if not text.hidden_size % h]
+    chosen = pruned_class(config, shape.heads, arch_fallback)
+    if chosen is None:
+        counts = range(1, text.num_attention_heads + 1)
+        legal = [h for h in counts if takes_heads(config, h, arch_fallback)]
+        other = takes_heads(config, shape.heads)
         raise ValueError(
             f"the {family.model_type} config class refuses {shape.heads} heads at hidden size "
             f"{text.hidden_size}; choose from {legal}"
-            + (", or use --arch-fallback mistral" if can_become_mistral(config) else "")
+            + (", or use --arch-fallback mistral" if other else "")
         )
     small = copy.deepcopy(config)
     if family.prunes_heads:
-        native = not family.heads_divide_hidden or text.hidden_size % shape.heads == 0
-        if not native and shape.heads != text.num_attention_heads:
-            small = _as_mistral(config)
+        if chosen != config.model_type:
+            small = _as_class(config, chosen)
         cut = text_config(small)
         cut.num_attention_heads = shape.heads
         cut.num_key_value_heads = shape.kv_heads
@@ -78,12 +149,17 @@ def target_config(config: Any, shape: Shape, arch_fallback: str = "mistral") -> 
     return small
 
 
-def _as_mistral(config: Any) -> Any:
-    from transformers import MistralConfig
+def zero_tensors(config: Any, small: Any) -> list[str]:
+    """Names of the tensors that the class of `small` has beyond that of `config`; all are 0."""
+    if (config.model_type, small.model_type) != ("qwen2", "llama"):
+        return []
+    return [f"model.layers.{i}.self_attn.o_proj.bias" for i in range(small.num_hidden_layers)]
 
-    fields = config.to_dict()
-    mistral = MistralConfig(
-        **{name: fields[name] for name in _MISTRAL_FIELDS if name in fields}, sliding_window=None
-    )
-    mistral.architectures = ["MistralForCausalLM"]
-    return mistral
+
+def _as_class(config: Any, model_type: str) -> Any:
+    from transformers import CONFIG_MAPPING
+
+    fields, kind = config.to_dict(), CONFIG_MAPPING[model_type]
+    default = kind()
+    known = {n: fields[n] for n in _SHARED_FIELDS if n in fields and hasattr(default, n)}
+    return kind(**(known | _TWINS[config.model_type][model_type]))

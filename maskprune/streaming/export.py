@@ -80,7 +80,7 @@ def export_checkpoint(
         out_dir: a folder that does not exist yet.
         max_shard_size: of one file of weights, such as `5GB`.
         adapter: folder of a plain PEFT LoRA adapter to merge on the way.
-        arch_fallback: see `target_config`.
+        arch_fallback: see `pruned_class`.
         overwrite: replace an `out_dir` that exists.
         progress: show bytes done, speed and time left on stderr.
         backend: `auto` (C++ where it is built) or `reference`.
@@ -140,6 +140,8 @@ def _write_weights(plan: StreamPlan, folder: Path, progress: bool, backend: str)
                 file.write(shard.header)
                 file.truncate(shard.size)
                 for tensor in shard.tensors:
+                    if tensor.name not in plan.moves:
+                        continue
                     move = plan.moves[tensor.name]
                     path = move.source.file
                     if path not in sources:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from maskprune.hf.families import FAMILIES, Family, family_of
-from maskprune.hf.pruned_config import target_config
+from maskprune.hf.pruned_config import target_config, zero_tensors
 from maskprune.hf.shape import Shape
 from maskprune.streaming.lora import TORCH_DTYPES, Lora, read_adapter
 from maskprune.streaming.move import Move
@@ -42,7 +42,10 @@ QUANTISED_ENDINGS = (
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """Where every tensor of the result comes from, and the files it goes into."""
+    """Where every tensor of the result comes from, and the files it goes into.
+
+    A tensor of a shard that no move fills is zeros.
+    """
 
     shape: Shape
     config: Any
@@ -64,7 +67,7 @@ class StreamPlan:
     @property
     def work(self) -> int:
         """What the progress counts: bytes of tensors, read and written."""
-        return self.bytes_read + sum(t.size for shard in self.shards for t in shard.tensors)
+        return self.bytes_read + sum(move.target.size for move in self.moves.values())
 
 
 def plan_stream(
@@ -94,27 +97,37 @@ def plan_stream(
     found = {name: stored[on_disk] for name, on_disk in disk_names.items()}
     _keep_tied(found, tied)
 
-    cuts, whole = cuts_by_name(masks), _whole_sizes(masks, expected)
+    cuts, whole = cuts_by_name(masks, small.model_type), _whole_sizes(masks, found)
+    zeros = set(zero_tensors(config, small))
     loras = read_adapter(Path(adapter)) if adapter is not None else {}
     _require_fitting_adapter(adapter, loras, found)
     moves: dict[str, Move] = {}
+    planned: list[Planned] = []
+    used = set()
     # transformers writes in this order where names on disk are others.
     for name in sorted(expected, key=_natural) if family.on_disk else expected:
         shape_out = expected[name]
-        if name not in found:
+        if name in zeros:
+            dtype = planned[-1].dtype  # of the weight that this is the bias of
+            planned.append(Planned(name, dtype, shape_out, byte_size(dtype, list(shape_out))))
+            continue
+        cut = cuts.get(name)
+        given = cut.source if cut is not None and cut.source else name
+        if given not in found:
             if name in tied:
                 continue
             raise ValueError(
-                f"{source} lacks tensor {name}; its config.json promises it; the checkpoint is "
+                f"{source} lacks tensor {given}; its config.json promises it; the checkpoint is "
                 "half-written or of another architecture: fetch it again"
             )
-        tensor, cut = found[name], cuts.get(name)
-        planned = _result(tensor, name, cut, whole.get(name), shape_out)
+        target = _result(found[given], name, cut, whole.get(given), shape_out)
         if family.on_disk:
-            planned = replace(planned, name=disk_names.get(name, name))
-        moves[planned.name] = Move(tensor, planned, cut, loras.get(name))
-    dropped = tuple(sorted(set(found) - set(expected)))
-    shards = plan_shards([move.target for move in moves.values()], shard_size)
+            target = replace(target, name=disk_names.get(name, name))
+        planned.append(target)
+        moves[target.name] = Move(found[given], target, cut, loras.get(given))
+        used.add(given)
+    dropped = tuple(sorted(set(found) - used))
+    shards = plan_shards(planned, shard_size)
     parameters = int(skeleton.num_parameters())
     return StreamPlan(shape, small, moves, shards, parameters, dropped)
 

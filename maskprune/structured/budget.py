@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from maskprune.config import BudgetConfig
+from maskprune.hf.engines import engine_name
 from maskprune.hf.families import family_of, text_config
-from maskprune.hf.pruned_config import ARCH_FALLBACKS, takes_heads
+from maskprune.hf.pruned_config import ARCH_FALLBACKS, takes_heads, why_heads_stay
 from maskprune.hf.shape import Shape, shape_of
 from maskprune.structured.cuts import HEAD_UNITS, mask_rows
 
@@ -34,12 +35,15 @@ def layer_weights(config: Any, shape: Shape) -> int:
     return attention_weights(config, shape) + ffn_weights(config, shape)
 
 
-def default_multiple(ffn: int) -> int:
+def default_multiple(ffn: int, targets: str | None = None) -> int:
     """The step of legal FFN widths: 256 suits K-quants, group-128 INT4 and FP8 blocks.
 
     64 for widths below 4096 and 8 below 512, where a coarser step would miss the budget by more
-    than the alignment is worth.
+    than the alignment is worth; with llama.cpp among the targets 256 from 1024 on.
     """
+    names = {engine_name(target.strip()) for target in (targets or "").split(",")}
+    if "llama.cpp" in names and ffn >= 1024:
+        return 256
     return 256 if ffn >= 4096 else 64 if ffn >= 512 else 8
 
 
@@ -60,9 +64,10 @@ class Budget:
         sparsity: the share, in (0, 1), of the attention and FFN weights of all layers that goes.
         head_unit: `kv_group` (a KV head with its query heads) or `query_head` (the same number of
             query heads out of every group).
-        multiple_of: FFN widths are multiples of it; None chooses 256, 64 or 8 by the width.
+        multiple_of: FFN widths are multiples of it; None chooses 256, 64 or 8 by width and targets.
         head_sparsity, ffn_sparsity: a split fixed by hand, in [0, 1); both, instead of `sparsity`.
-        arch_fallback: `mistral`, `divisor` or `error`, see `target_config`.
+        arch_fallback: `mistral`, `divisor` or `error`, see `pruned_class`.
+        targets: engines that the result is for, comma-separated; they move the default step.
 
     Raises:
         TypeError: a sparsity that is not a number.
@@ -81,6 +86,7 @@ class Budget:
         head_sparsity: float | None = None,
         ffn_sparsity: float | None = None,
         arch_fallback: str = "mistral",
+        targets: str | None = None,
     ) -> None:
         config = getattr(model, "config", model)
         self.config = config
@@ -94,7 +100,8 @@ class Budget:
             raise ValueError(
                 f"arch_fallback is {arch_fallback!r}; expected one of {', '.join(ARCH_FALLBACKS)}"
             )
-        self.multiple_of = default_multiple(self.shape.ffn) if multiple_of is None else multiple_of
+        step = default_multiple(self.shape.ffn, targets)
+        self.multiple_of = step if multiple_of is None else multiple_of
         if not 1 <= self.multiple_of <= self.shape.ffn:
             raise ValueError(
                 f"multiple_of is {multiple_of}; expected 1 up to the FFN width {self.shape.ffn}"
@@ -133,6 +140,7 @@ class Budget:
             head_sparsity=settings.head_sparsity,
             ffn_sparsity=settings.ffn_sparsity,
             arch_fallback=settings.arch_fallback,
+            targets=settings.targets,
         )
 
     def _removable_attention(self) -> int:
@@ -211,10 +219,10 @@ class Budget:
         for name, value in (("head_sparsity", head), ("ffn_sparsity", ffn)):
             if not 0 <= value < 1:
                 raise ValueError(f"{name} is {value}; expected a number in [0, 1)")
-        if head and not self.head_units:
+        if head and (why := why_heads_stay(self.config, self.arch_fallback)):
             raise ValueError(
                 f"head_sparsity is {head}, but {self.family.model_type} keeps its heads: "
-                f"{self.family.no_heads}; leave it at 0"
+                f"{why}; leave it at 0"
             )
         heads = self._head_choices()
         wanted = head * self.head_units

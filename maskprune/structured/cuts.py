@@ -22,11 +22,13 @@ class Cut:
 
     keep: (K,) int64 ascending, the indices that stay along `dim`.
     scale: (size of dim,) float32, the mask to fold along `dim` (indexed before the cut), or None.
+    source: the tensor it is cut from, where that has another name (a fused projection).
     """
 
     dim: int
     keep: torch.Tensor
     scale: torch.Tensor | None = None
+    source: str | None = None
 
 
 def mask_rows(shape: Shape, head_unit: str) -> tuple[int, int]:
@@ -86,6 +88,7 @@ def layer_cuts(
     head_unit: str,
     head: torch.Tensor | None,
     ffn: torch.Tensor,
+    unfuse: Family | None = None,
 ) -> dict[str, Cut]:
     """The cuts of one layer by tensor name within it (`self_attn.q_proj.weight`, ...).
 
@@ -95,6 +98,7 @@ def layer_cuts(
 
     head: (H,) float32, the mask of each query head, or None where heads stay as they are.
     ffn: (F,) float32.
+    unfuse: the family of the result, where it has a tensor each for what `family` has fused.
     """
     cuts: dict[str, Cut] = {}
     # Conv1D keeps (in, out): rows and columns change places.
@@ -105,11 +109,25 @@ def layer_cuts(
         if dim == row:
             cuts[f"{module}.bias"] = Cut(0, keep)
 
+    def add_parts(
+        module: str, fused: str, parts: tuple[str, ...], rows: list[torch.Tensor]
+    ) -> None:
+        """Rows of the parts of a fused projection: one tensor, or one for each part."""
+        if unfuse is None:
+            add(f"{module}{fused}", row, torch.cat(rows))
+            return
+        for part, kept in zip(parts, rows, strict=True):
+            for leaf in ("weight", "bias"):
+                cuts[f"{module}{part}.{leaf}"] = Cut(0, kept, source=f"{module}{fused}.{leaf}")
+
     keep_f = ffn.nonzero().flatten()
     prefix = f"{family.ffn}." if family.ffn else ""
-    gate_up_keep = torch.cat([keep_f, keep_f + shape.ffn]) if family.fused else keep_f
-    for name in family.gate_up:
-        add(f"{prefix}{name}", row, gate_up_keep)
+    if family.fused:
+        parts = unfuse.gate_up if unfuse else ()
+        add_parts(prefix, family.gate_up[0], parts, [keep_f, keep_f + shape.ffn])
+    else:
+        for name in family.gate_up:
+            add(f"{prefix}{name}", row, keep_f)
     add(f"{prefix}{family.down}", column, keep_f, ffn.float())
 
     if head is not None and family.prunes_heads:
@@ -122,13 +140,13 @@ def layer_cuts(
         if family.fused_qkv:
             k_at = shape.heads * shape.head_dim
             v_at = k_at + shape.kv_heads * shape.head_dim
-            fused_rows = torch.cat([q_rows, kv_rows + k_at, kv_rows + v_at])
-            add(f"{family.attention}.{family.qkv[0]}", row, fused_rows)
+            rows = [q_rows, kv_rows + k_at, kv_rows + v_at]
+            add_parts(f"{family.attention}.", family.qkv[0], unfuse.qkv if unfuse else (), rows)
         else:
-            for name, rows in zip(family.qkv, (q_rows, kv_rows, kv_rows), strict=True):
-                add(f"{family.attention}.{name}", row, rows)
-        for name, keep in zip(family.head_norms, (keep_h, keep_g), strict=False):
-            add(f"{family.attention}.{name}", 0, keep)
+            for name, kept in zip(family.qkv, (q_rows, kv_rows, kv_rows), strict=True):
+                add(f"{family.attention}.{name}", row, kept)
+        for name, kept in zip(family.head_norms, (keep_h, keep_g), strict=False):
+            add(f"{family.attention}.{name}", 0, kept)
         scale = head.float().repeat_interleave(shape.head_dim)
         add(f"{family.attention}.{family.o}", column, q_rows, scale)
     return cuts

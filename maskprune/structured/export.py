@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 from maskprune import ops
 from maskprune.hf.adapters import adapted_layers, merged_weight, require_mergeable
 from maskprune.hf.families import FAMILIES, stock_model
-from maskprune.hf.pruned_config import target_config
+from maskprune.hf.pruned_config import target_config, zero_tensors
 from maskprune.hf.shape import Shape
 from maskprune.structured.cuts import Cut, layer_cuts, pruned_shape
 from maskprune.structured.masks import Masks, require_same_model
@@ -35,15 +37,23 @@ def apply_cut(weight: torch.Tensor, cut: Cut) -> torch.Tensor:
     return out if turned is weight else out.T.contiguous()
 
 
-def cuts_by_name(masks: Masks) -> dict[str, Cut]:
-    """The cut of every tensor of the stock state dict that pruning touches."""
+def cuts_by_name(masks: Masks, model_type: str | None = None) -> dict[str, Cut]:
+    """The cut of every tensor that pruning touches, by its name in the result.
+
+    model_type: the class of the result, where it is not the family of the masks.
+    """
     family, heads = FAMILIES[masks.family], masks.query_heads()
+    result = FAMILIES[model_type or masks.family]
+    unfuse = result if family.fused and not result.fused else None
     cuts = {}
     for layer in range(masks.shape.layers):
         head = None if heads is None else heads[layer].cpu()
         ffn = masks.ffn[layer].detach().cpu()
-        for name, cut in layer_cuts(family, masks.shape, masks.head_unit, head, ffn).items():
-            cuts[f"{family.layers}.{layer}.{name}"] = cut
+        stem = f"{family.layers}.{layer}."
+        of_layer = layer_cuts(family, masks.shape, masks.head_unit, head, ffn, unfuse)
+        for name, cut in of_layer.items():
+            source = None if cut.source is None else stem + cut.source
+            cuts[stem + name] = replace(cut, source=source)
     return cuts
 
 
@@ -82,7 +92,7 @@ def export(model: nn.Module, masks: Masks, *, arch_fallback: str = "mistral") ->
         model: the masked model, or the PEFT model around it (its active adapters, plain LoRA, are
             merged), compiled or not.
         masks: uniform masks; pruned units are exactly 0.
-        arch_fallback: see `target_config`.
+        arch_fallback: see `pruned_class`.
 
     Raises:
         ValueError: masks that are not uniform or are of another model, a shape that no stock
@@ -97,13 +107,17 @@ def export(model: nn.Module, masks: Masks, *, arch_fallback: str = "mistral") ->
     config = target_config(base.config, final_shape(masks), arch_fallback)
     dtype = base.dtype
     small = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    cuts = cuts_by_name(masks)
+    cuts: dict[str, dict[str, Cut]] = defaultdict(dict)
+    for name, cut in cuts_by_name(masks, config.model_type).items():
+        cuts[cut.source or name][name] = cut
     weights = {}
-    for name, tensor in merged_weights(model):
+    for source, tensor in merged_weights(model):
         tensor = tensor.detach()
-        if name in cuts:
-            tensor = apply_cut(tensor, cuts[name])
-        weights[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        pieces = {name: apply_cut(tensor, cut) for name, cut in cuts.get(source, {}).items()}
+        for name, piece in (pieces or {source: tensor}).items():
+            weights[name] = piece.to(dtype) if piece.is_floating_point() else piece
+    own = small.state_dict()
+    weights |= {name: torch.zeros_like(own[name]) for name in zero_tensors(base.config, config)}
     missing, unexpected = small.load_state_dict(weights, strict=False)
     tied = set(getattr(small, "all_tied_weights_keys", None) or ())
     if unexpected or set(missing) - tied:

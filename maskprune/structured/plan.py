@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
+from maskprune.hf.engines import ALIASES, ENGINES, engine_name, verdict
 from maskprune.hf.families import text_config
-from maskprune.hf.pruned_config import target_config
+from maskprune.hf.pruned_config import target_config, why_heads_stay
 from maskprune.hf.shape import Shape, shape_of
 from maskprune.structured.budget import Budget, Split, layer_weights
 
-TARGETS = ("vllm", "gguf", "awq128", "gptq128", "fp8", "tp=N")
+TARGETS = (*ENGINES, *ALIASES, "awq128", "gptq128", "fp8", "tp=N")
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,9 @@ def tp_sizes(shape: Shape, largest: int = 64) -> list[int]:
 
 
 def lint(shape: Shape, targets: str | None, before: Shape | None = None) -> list[str]:
-    """What is misaligned for `targets`, a comma-separated list of vllm, gguf, awq128, gptq128,
-    fp8 and tp=N; a misalignment that the dense model (`before`) has already says so.
+    """What is misaligned for `targets`, a comma-separated list of TARGETS.
+
+    A misalignment that the dense model (`before`) has already says so.
 
     Raises:
         ValueError: an unknown target.
@@ -97,7 +99,7 @@ def lint(shape: Shape, targets: str | None, before: Shape | None = None) -> list
         rule(f"tp={tp}", "KV heads", lambda s: s.kv_heads if s.kv_heads > tp else tp, tp)
     if "vllm" in names:
         rule("vllm", "head size", lambda s: s.head_dim, 8)
-    if "gguf" in names:
+    if "gguf" in names or "llama.cpp" in names:
         rule("gguf K-quants", "FFN width", width, 256)
         rule("gguf K-quants", "heads x head size", attended, 256)
     for name in ("awq128", "gptq128", "fp8"):
@@ -114,9 +116,16 @@ def lint(shape: Shape, targets: str | None, before: Shape | None = None) -> list
     return notes
 
 
+def engine_notes(config: Any, targets: str | None) -> list[str]:
+    """What each engine among `targets` does with a checkpoint of `config`, one line each."""
+    names = [engine_name(target.strip()) for target in (targets or "").split(",")]
+    found = [verdict(config, name) for name in dict.fromkeys(names) if name]
+    return [str(one) for one in found if one]
+
+
 @dataclass(frozen=True)
 class Plan:
-    """The dense cost, and of each legal shape its split, cost, class and misalignments."""
+    """The dense cost, and of each legal shape its split, cost, class and notes for the targets."""
 
     dense: Cost
     budget: Budget
@@ -135,10 +144,12 @@ def plan(config: Any, budget: Budget, targets: str | None = None) -> Plan:
             why += "the class of the original takes the shape"
         else:
             why += (
-                f"the {config.model_type} class refuses {shape.heads} heads at hidden size "
-                f"{text_config(config).hidden_size}; {small.model_type} computes the same logits"
+                f"computes the same logits, and more engines run {shape.heads} heads of "
+                f"{shape.head_dim} at hidden size {text_config(config).hidden_size} in it than "
+                f"in {config.model_type}"
             )
-        choices.append((split, cost(small), why, lint(shape, targets, before)))
+        notes = [f"misaligned for {note}" for note in lint(shape, targets, before)]
+        choices.append((split, cost(small), why, notes + engine_notes(small, targets)))
     return Plan(cost(config), budget, choices)
 
 
@@ -167,9 +178,12 @@ def render(made: Plan) -> str:
         padded = [row[0].ljust(widths[0])]
         padded += [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
         lines.append("  ".join(padded).rstrip())
+    budget = made.budget
+    if why := why_heads_stay(budget.config, budget.arch_fallback):
+        lines.append(f"Heads stay: {why}.")
     if len(made.choices) > 1:
         lines.append("Training learns which of these shapes it ends in; all meet the budget.")
     for number, (_, _, why, notes) in enumerate(made.choices, 1):
         lines.append(f"choice {number}: {why}")
-        lines += [f"  misaligned for {note}" for note in notes]
+        lines += [f"  {note}" for note in notes]
     return "\n".join(lines)

@@ -81,6 +81,22 @@ def test_head_counts_that_llama_refuses_go_through_mistral(tmp_path):
         stream(source, masks_file, tmp_path / "other", arch_fallback="error")
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "expected"),
+    [
+        ("llama", {"attention_bias": True}, "seed_oss"),
+        ("qwen2", {}, "seed_oss"),
+        ("phi3", {"sliding_window": 4}, "mistral"),
+    ],
+)
+def test_other_classes_are_written_the_same(tmp_path, backend, family, changes, expected):
+    source, masks_file, model, masks = prepared(tmp_path, family, num_key_value_heads=4, **changes)
+    in_memory_s = in_memory(tmp_path, model, masks, source)
+    done = stream(source, masks_file, tmp_path / "out", backend=backend)
+    assert done.config.model_type == expected and done.dropped == ()
+    assert_same_files(tmp_path / "out", in_memory_s)
+
+
 def test_biases_are_cut_with_their_rows(tmp_path):
     source, masks_file, model, masks = prepared(tmp_path, attention_bias=True, mlp_bias=True)
     expected = in_memory(tmp_path, model, masks, source)

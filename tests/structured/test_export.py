@@ -99,6 +99,73 @@ def test_a_head_count_that_llama_refuses_goes_through_the_mistral_class(tmp_path
         export(model, masks, arch_fallback="divisor")
 
 
+EVERY_HEAD = {"num_key_value_heads": 4}  # 3 of 4 heads stay, which do not divide 32
+CLASSES = [
+    ("llama", {}, "mistral"),
+    ("llama", EVERY_HEAD, "mistral"),
+    ("llama", {"attention_bias": True}, "llama"),
+    ("llama", {"attention_bias": True} | EVERY_HEAD, "seed_oss"),
+    ("llama", {"attention_bias": True, "mlp_bias": True}, "llama"),
+    ("mistral", EVERY_HEAD, "mistral"),
+    ("qwen2", {}, "llama"),
+    ("qwen2", EVERY_HEAD, "seed_oss"),
+    ("qwen3", EVERY_HEAD, "qwen3"),
+    ("seed_oss", EVERY_HEAD, "seed_oss"),
+    ("phi3", {}, "mistral"),
+    ("phi3", {"sliding_window": 4} | EVERY_HEAD, "mistral"),
+    ("gemma2", {}, "gemma2"),
+    ("gemma3_text", {}, "gemma3_text"),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("family", "changes", "expected"), CLASSES)
+def test_pruned_heads_go_to_the_class_that_engines_run(family, changes, expected, dtype, tmp_path):
+    model, masks = masked(family, dtype=dtype, **changes)
+    again = reloaded(export(model, masks), tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    assert (content["model_type"], content["head_dim"]) == (expected, 8)
+    assert content.get("sliding_window") == getattr(model.config, "sliding_window", None)
+    assert compare_logits(model, again, tokens()).relative <= TOLERANCE[dtype]
+    names = [name for name in again.state_dict() if "qkv" in name or "gate_up" in name]
+    assert not names
+
+
+@pytest.mark.parametrize("family", [row[0] for row in CLASSES])
+def test_a_model_that_keeps_its_heads_keeps_its_class(family):
+    model, masks = masked(family, head=0)
+    assert export(model, masks).config.model_type == family
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "why"),
+    [
+        ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding window"),
+        ("phi3", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "a part of each head"),
+    ],
+)
+def test_heads_stay_where_no_class_that_engines_run_takes_fewer(family, changes, why):
+    from maskprune.structured.budget import Budget
+    from maskprune.structured.plan import plan, render
+
+    if family == "qwen2":
+        changes = changes | {"use_sliding_window": True, "sliding_window": 4}
+    else:
+        rope = {"rope_type": "default", "rope_theta": 10000.0}
+        changes = {"rope_parameters": rope | changes["rope_parameters"]}
+    model, masks = masked(family, **changes)
+    budget = Budget(model, 0.2)
+    assert all(split.head == 0 for split in budget.splits)
+    assert "Heads stay" in (text := render(plan(model.config, budget))) and why in text
+    with pytest.raises(ValueError, match=f"keeps its heads: .*{why}"):
+        Budget(model, head_sparsity=0.5, ffn_sparsity=0.1)
+    with pytest.raises(ValueError, match="refuses 2 heads"):
+        export(model, masks)
+    native = export(model, masks, arch_fallback="divisor")
+    assert native.config.model_type == family
+    assert compare_logits(model, native, tokens()).relative <= TOLERANCE[torch.float32]
+
+
 def test_adapters_are_merged_before_the_fold(tmp_path):
     from peft import LoraConfig, get_peft_model
 

