@@ -53,12 +53,15 @@ def whole(s: torch.Tensor, t: torch.Tensor, weight: torch.Tensor) -> torch.Tenso
 PROVIDERS: dict[str, Loss] = {"whole": whole, "autograd": reference, "chunks": linear_kl}
 
 
-def rows(device: str, seed: int, rounds: int) -> list[dict[str, Any]]:
-    """A row for every size, dtype and provider."""
+def rows(
+    device: str, seed: int, rounds: int, most: int, dtypes: tuple[torch.dtype, ...]
+) -> list[dict[str, Any]]:
+    """A row for every size of at most `most` tokens, dtype and provider."""
     kind, found = device.split(":")[0], []
     generator = torch.Generator(device).manual_seed(seed)
-    for dtype in DTYPES[kind]:
-        for tokens, hidden, vocabulary in SIZES[kind]:
+    sizes = [size for size in SIZES[kind] if size[0] <= most]
+    for dtype in dtypes or DTYPES[kind]:
+        for tokens, hidden, vocabulary in sizes:
             s = torch.randn(tokens, hidden, generator=generator, device=device).to(dtype)
             t = s + 0.1 * torch.randn(tokens, hidden, generator=generator, device=device).to(dtype)
             W = torch.randn(vocabulary, hidden, generator=generator, device=device).to(dtype)
@@ -103,9 +106,12 @@ def rows(device: str, seed: int, rounds: int) -> list[dict[str, Any]]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--most", type=int, default=2**20, help="leave out sizes of more tokens")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="one of them only")
     args = parser.parse_args(arguments)
     fix_threads(args.threads)
-    found = rows(args.device, args.seed, args.rounds)
+    dtypes = (getattr(torch, args.dtype),) if args.dtype else ()
+    found = rows(args.device, args.seed, args.rounds, args.most, dtypes)
     print(show(found, COLUMNS))
     if args.rows:
         ignore = ("id", "date", "commit", "of_whole", "peak_mib", "median_ms", "p10_ms", "p90_ms")
