@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -23,6 +24,9 @@ T = TypeVar("T")
 # How gloo, NCCL and torch say that another process of the group is gone.
 _LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 _STORE: list[dist.Store] = []
+_TOLD = "maskprune/told"
+# Seconds that rank 0 waits, after an error, for the other ranks to learn that it is told.
+LINGER = 2.0
 
 
 def world_size() -> int:
@@ -111,9 +115,16 @@ def _first_to_tell() -> bool:
     if not _STORE:
         return rank() == 0
     try:
-        return int(_STORE[0].add("maskprune/told", 1)) == 1
+        first = int(_STORE[0].add(_TOLD, 1)) == 1
     except RuntimeError:  # The process that kept the store is the one that is gone.
         return True
+    # Without torchrun rank 0 keeps the store; let those ask that fail just as it does.
+    until = time.monotonic() + LINGER
+    while rank() == 0 and time.monotonic() < until:
+        if int(_STORE[0].add(_TOLD, 0)) >= world_size():
+            break
+        time.sleep(0.01)
+    return first
 
 
 def on_first(function: Callable[[], T]) -> T:
