@@ -101,6 +101,8 @@ def _answer(config: Any, engine: str) -> tuple[str, str]:
         )
     if engine == "ct2" and model_type == "llama" and getattr(config, "attention_bias", False):
         return "refused", "it drops Llama's biases without a word"
+    if engine == "llama.cpp" and getattr(config, "attention_out_bias", False):
+        return "refused", f"it has no output bias in the {model_type} class"
     if engine == "llama.cpp" and (fallbacks := k_quant_fallbacks(hidden, shape)):
         return "slower", (
             f"K-quants take larger types for {', '.join(fallbacks)}; F16 and Q8_0 are not affected"

@@ -11,16 +11,11 @@ from maskprune.hf.shape import Shape
 ARCH_FALLBACKS = ("mistral", "divisor", "error")
 
 # Classes that compute the same function once heads are gone, and their settings; the first that
-# takes the shape is chosen. Engines read a head size that is
-# not hidden / heads in the Mistral class everywhere, in Llama's in most, in Qwen2's and Phi-3's
-# nowhere (docs/engines.md).
+# takes the shape is chosen. Which engines read a head size other than hidden / heads in which
+# class: maskprune/hf/engines.py.
 _TWINS: dict[str, dict[str, dict[str, Any]]] = {
     # The Mistral class takes its default window of 4096 where none is named.
-    "llama": {
-        "mistral": {"sliding_window": None},
-        "llama": {},
-        "seed_oss": {"attention_out_bias": True, "residual_dropout": 0.0},
-    },
+    "llama": {"mistral": {"sliding_window": None}},
     "qwen2": {
         "llama": {"attention_bias": True, "mlp_bias": False},
         "seed_oss": {"attention_bias": True, "mlp_bias": False, "residual_dropout": 0.0},
@@ -100,10 +95,8 @@ def _takes(config: Any, model_type: str, heads: int) -> bool:
 
 def _same_function(config: Any, twin: str) -> bool:
     """Whether the class `twin` computes what `config` does."""
-    if twin == config.model_type:
-        return True
     if config.model_type == "llama":
-        return not config.mlp_bias and config.attention_bias == (twin == "seed_oss")
+        return not (config.attention_bias or config.mlp_bias)
     if config.model_type == "qwen2":
         return set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}
     rope = getattr(config, "rope_parameters", None) or {}

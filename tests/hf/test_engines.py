@@ -28,6 +28,7 @@ FEWER = {"num_attention_heads": 2, "head_dim": 8}
         ("llama.cpp", "phi3", FEWER, "refused"),
         ("llama.cpp", "qwen2", FEWER, "refused"),
         ("llama.cpp", "seed_oss", FEWER, "slower"),
+        ("llama.cpp", "seed_oss", {"attention_out_bias": True}, "refused"),
         ("llama.cpp", "mistral", FEWER, "slower"),
         ("ct2", "llama", FEWER, "refused"),
         ("ct2", "llama", {"attention_bias": True}, "refused"),

@@ -84,7 +84,6 @@ def test_head_counts_that_llama_refuses_go_through_mistral(tmp_path):
 @pytest.mark.parametrize(
     ("family", "changes", "expected"),
     [
-        ("llama", {"attention_bias": True}, "seed_oss"),
         ("qwen2", {}, "seed_oss"),
         ("phi3", {"sliding_window": 4}, "mistral"),
     ],

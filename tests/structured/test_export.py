@@ -104,7 +104,6 @@ CLASSES = [
     ("llama", {}, "mistral"),
     ("llama", EVERY_HEAD, "mistral"),
     ("llama", {"attention_bias": True}, "llama"),
-    ("llama", {"attention_bias": True} | EVERY_HEAD, "seed_oss"),
     ("llama", {"attention_bias": True, "mlp_bias": True}, "llama"),
     ("mistral", EVERY_HEAD, "mistral"),
     ("qwen2", {}, "llama"),
