@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -209,7 +210,7 @@ def export(argv: Sequence[str]) -> int:
 
 def convert(argv: Sequence[str]) -> int:
     """`maskprune convert`."""
-    (settings,), _ = parse(
+    (settings,) = parse(
         "convert", [ConvertConfig], argv, "A checkpoint folder to one GGUF file for llama.cpp."
     )
     from maskprune.commands.convert import convert as run
@@ -317,12 +318,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         print(f"maskprune {name}: {text}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(
-            f"maskprune {name}: interrupted; a pruning run continues with --resume",
-            file=sys.stderr,
-        )
-        return 130
+    except KeyboardInterrupt as stop:
+        # A run says whether it can go on, see `training.interrupt`.
+        print(f"maskprune {name}: {str(stop) or 'interrupted'}", file=sys.stderr)
+        return 128 + getattr(stop, "signum", signal.SIGINT)
 
 
 if __name__ == "__main__":

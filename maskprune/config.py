@@ -240,8 +240,8 @@ class SparsifyConfig(RunConfig):
             self.prior.endswith(".safetensors") or os.path.isdir(self.prior)
         ):
             raise ValueError(
-                f"prior is {self.prior!r}; expected sparsegpt, wanda, magnitude, none, or the "
-                "masks file or output folder of another run"
+                f"prior is {self.prior!r}; expected sparsegpt, wanda, magnitude, none, or a masks "
+                "file or output folder of another run"
             )
         if self.update_weights and self.method != "sparsegpt":
             raise ValueError(

@@ -5,13 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 OWN_FOLDER = "maskprune"
+FILE_LIST = "files.json"
+STOCK_NAME = re.compile(
+    r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|README\.md|(vocab|merges)\.txt"
+    r"|(config|generation_config|tokenizer\w*|special_tokens_map|added_tokens|vocab)\.json"
+    r"|(tokenizer|spiece)\.model|chat_template\.(jinja|json)|LICENSE(\.txt|\.md)?|USE_POLICY\.md|NOTICE"
+)
 
 
 def sync(path: Path) -> None:
@@ -26,17 +32,15 @@ def sync(path: Path) -> None:
 def replace_file(path: Path, content: bytes | str) -> None:
     """Write `content` to `path` so that a kill leaves the old file or the new one."""
     data = content.encode() if isinstance(content, str) else content
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with beside.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
+        os.replace(beside, path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
+        beside.unlink(missing_ok=True)
         raise
     sync(path.parent)
 
@@ -55,17 +59,150 @@ def own_file(result: Path, name: str) -> Path:
     return top if top.exists() and not inside.exists() else inside
 
 
-def require_new_folder(path: Path, overwrite: bool) -> None:
-    """Refuse an output folder that exists and is not empty.
+def output_folder(name: str | Path) -> Path:
+    """The absolute path that an output folder is written to; a link to a folder is followed.
 
     Raises:
-        ValueError: it exists; says how to go on.
+        ValueError: a file, a link to nothing, a mount point, or a place that cannot be written.
     """
+    path = Path(os.path.abspath(Path(name).expanduser()))
+    if path.is_symlink() and not path.exists():
+        raise ValueError(
+            f"output {name} is a link to {os.readlink(path)}, which does not exist; make that "
+            "folder or choose another"
+        )
+    path = path.resolve() if path.is_symlink() else path
     if path.exists() and not path.is_dir():
-        raise ValueError(f"output {path} is a file; expected a folder that does not exist yet")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise ValueError(f"output {name} is a file; expected a folder that does not exist yet")
+    if os.path.ismount(path):
+        raise ValueError(f"output {name} is a mount point; choose a folder in it")
+    parent = next(p for p in path.parents if p.exists())
+    if not parent.is_dir():
+        raise ValueError(
+            f"output {name}: {parent} is a file; choose a folder whose parents are folders"
+        )
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"output {name}: {parent} cannot be written; choose a folder that can be written"
+        )
+    return path
+
+
+def require_new_folder(
+    path: Path, overwrite: bool, inputs: Iterable[str | Path | None] = ()
+) -> None:
+    """Refuse an output folder that exists and is not empty, unless it may be overwritten.
+
+    Args:
+        path: see `output_folder`.
+        inputs: what the run reads; names that are no path here, and None, are passed over.
+
+    Raises:
+        ValueError: it holds an input, or a file that is not a result's; or `overwrite` is not
+            given.
+    """
+    for name in inputs:
+        source = Path(name or "").expanduser().resolve()
+        if name and source.exists() and path.resolve() in (source, *source.parents):
+            raise ValueError(
+                f"output folder {path} is or holds {name}, which the run reads; choose another"
+            )
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    if not overwrite:
         raise ValueError(
             f"output folder {path} exists and is not empty; choose another, or pass --overwrite"
+        )
+    if (strange := _not_of_a_result(path)) is not None:
+        raise ValueError(
+            f"output folder {path} holds {strange}, which maskprune did not write, as far as "
+            "it knows; --overwrite replaces its results alone: move it, or choose another folder"
+        )
+
+
+def _not_of_a_result(folder: Path) -> str | None:
+    """A file below `folder` that maskprune did not write; None where it wrote all of them.
+
+    A run's result lists its files. An exported one has none of ours but the tag in its card, so
+    the names of stock files are known there.
+    """
+    own: set[str] = set()
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        own = set(json.loads((folder / OWN_FOLDER / FILE_LIST).read_text()))
+    card = folder / "README.md"
+    exported = not own and card.is_file() and "\n- maskprune\n" in card.read_text(errors="replace")
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        known = name in own or name == "report.html"
+        known |= name.startswith("report/") and path.suffix == ".png"
+        known |= exported and STOCK_NAME.fullmatch(name) is not None
+        if not known and (path.is_symlink() or not path.is_dir()):
+            return name
+    return None
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the output folder `path` against other processes; a lock ends with its process.
+
+    Folders above it that had to be made and are still empty at the end are removed.
+
+    Raises:
+        ValueError: another process writes to `path`.
+    """
+    if int(os.environ.get("RANK", "0")):
+        # The first process of a distributed run holds it for all.
+        yield
+        return
+    made = [parent for parent in path.parents if not parent.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.parent / f".{path.name}.lock"
+    try:
+        descriptor = _lock(lock, path)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+            os.close(descriptor)
+    finally:
+        with contextlib.suppress(OSError):
+            for parent in made:
+                parent.rmdir()
+
+
+def _lock(lock: Path, path: Path) -> int:
+    import fcntl
+
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise ValueError(
+                f"another maskprune is writing to {path}; wait for it, or choose another output "
+                "folder"
+            ) from None
+        except OSError:
+            # A file system without locks.
+            return descriptor
+        # Its holder may have removed the file between the two calls.
+        if lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat()):
+            return descriptor
+        os.close(descriptor)
+
+
+def require_space(folder: Path, size: int, what: str) -> None:
+    """Refuse to start what would fill the disk.
+
+    Raises:
+        ValueError: fewer than `size` bytes are free where `folder` is or will be.
+    """
+    free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.is_dir())).free
+    if free < size:
+        raise ValueError(
+            f"{what} need about {size / 1e9:.3g} GB and {free / 1e9:.3g} GB are free on the disk "
+            f"of {folder}; free some, or choose another output folder"
         )
 
 
@@ -74,7 +211,8 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder that appears at `path` whole, when the context ends well, or not at all.
 
     Yields a hidden sibling to write into. What a killed run left behind under that name is
-    removed by the next run.
+    removed by the next run. Where there is a folder maskprune/, a list of all files goes into it,
+    by which `overwrite` knows later what it may replace.
     """
     path = path.absolute()
     require_new_folder(path, overwrite)
@@ -84,7 +222,16 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     building.mkdir()
     try:
         yield building
+        if (building / OWN_FOLDER).is_dir():
+            listed = building / OWN_FOLDER / FILE_LIST
+            listed.touch()
+            files = [file for file in building.rglob("*") if file.is_file()]
+            write_json(listed, sorted(file.relative_to(building).as_posix() for file in files))
+        # What the umask leaves of it; safetensors writes for the owner alone.
+        mode = building.stat().st_mode & 0o666
         for file in building.rglob("*"):
+            if file.is_file():
+                file.chmod(mode)
             sync(file)
         sync(building)
         replaced = path.parent / f".{path.name}.replaced"

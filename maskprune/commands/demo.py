@@ -120,7 +120,7 @@ def demonstrate(out: Path, steps: int, seed: int = 0) -> RunRecord:
     transformers_logging.disable_progress_bar()
     started = time.monotonic()
     files = PruneFiles(model=MODEL_NAME, output=str(out), overwrite=True)
-    record = run_prune(files, settings(steps, seed))
+    record = run_prune(files, settings(steps, seed), anew=True)
     assert record is not None, "the demo runs as one process"
 
     _, held_out = demo_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -16,9 +17,10 @@ import torch.nn.functional as F
 
 from maskprune.config import EvalConfig
 from maskprune.files import write_json
-from maskprune.hf.families import text_config
+from maskprune.hf.shape import require_positions
 from maskprune.training.data import text_prefix
 from maskprune.training.documents import Source, read_text
+from maskprune.training.trainer import require_known_tokens
 from maskprune.version import __version__
 
 ROWS_PER_LOSS = 512
@@ -37,8 +39,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     """
     from maskprune.hf.load import load_model
 
-    if config.json and not Path(config.json).absolute().parent.is_dir():
-        raise ValueError(f"--json {config.json}: its folder does not exist; create it first")
+    if config.json:
+        _require_writable(Path(config.json).absolute())
     # Both fail fast, before minutes go into loading a model.
     text = read_text(config.ppl) if config.ppl else None
     tasks = [task for task in (config.tasks or "").split(",") if task.strip()]
@@ -72,6 +74,13 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     if config.json:
         write_json(Path(config.json), result)
     return result
+
+
+def _require_writable(file: Path) -> None:
+    if not file.parent.is_dir():
+        raise ValueError(f"--json {file}: its folder does not exist; create it first")
+    if file.is_dir() or not os.access(file.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"--json {file} cannot be written; choose another file")
 
 
 @torch.no_grad()
@@ -108,15 +117,12 @@ def perplexity(
 
     Source: the evaluation of LLM-Pruner (arXiv 2305.11627), which MaskPrune's tables follow.
     """
-    positions = getattr(text_config(model.config), "max_position_embeddings", None)
-    if seq_len < 2 or (positions and seq_len > positions):
-        raise ValueError(
-            f"seq_len is {seq_len}; expected 2 up to the model's {positions or 'any'} positions"
-        )
+    require_positions(model.config, seq_len)
     prefix = text_prefix(tokenizer)
     ids = tokenizer(
         read_text(source), add_special_tokens=False, verbose=False, return_tensors="pt"
     )["input_ids"][0]
+    require_known_tokens(model, ids)
     width = seq_len - len(prefix)
     windows = len(ids) // width if width > 0 else 0
     if windows == 0:

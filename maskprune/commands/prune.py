@@ -5,20 +5,24 @@ from __future__ import annotations
 import copy
 import shutil
 from pathlib import Path
+from typing import Any
 
 from maskprune.commands.record import RunRecord, proof_tokens, save_proven, sizes
 from maskprune.commands.run_folder import (
+    claim_output,
     claim_run_folder,
     load_to_train,
     open_run_folder,
     read_config,
     run_inputs,
     training_text,
+    weight_bytes,
 )
 from maskprune.config import PruneConfig, PruneFiles
-from maskprune.files import OWN_FOLDER, new_folder
+from maskprune.files import OWN_FOLDER, new_folder, require_space
 from maskprune.hf.equality import compare_logits, require_equal
-from maskprune.hf.shape import shape_of
+from maskprune.hf.load import torch_device
+from maskprune.hf.shape import require_positions, shape_of
 from maskprune.structured.budget import Budget
 from maskprune.structured.masks import MASKS_FILE
 from maskprune.structured.plan import Plan, cost, lint, plan
@@ -32,8 +36,11 @@ def plan_prune(name: str, settings: PruneConfig) -> Plan:
     return plan(config, Budget.of(config, settings), settings.targets)
 
 
-def run_prune(files: PruneFiles, settings: PruneConfig) -> RunRecord | None:
+def run_prune(files: PruneFiles, settings: PruneConfig, *, anew: bool = False) -> RunRecord | None:
     """`maskprune prune`: writes the folder `files.output`, gives back what its record holds.
+
+    Args:
+        anew: give up a run in progress there.
 
     Returns:
         RunRecord; None on ranks other than 0, which write nothing.
@@ -41,15 +48,26 @@ def run_prune(files: PruneFiles, settings: PruneConfig) -> RunRecord | None:
     Raises:
         ValueError: anything that cannot work, before anything is written.
     """
+    torch_device(settings.device)
     start(settings.device)
-    name, out = files.model, Path(str(files.output))
-    on_first(lambda: plan_prune(name, settings))
-    inputs = run_inputs(name, files.data, settings)
-    run = on_first(
-        lambda: claim_run_folder(out, inputs, resume=files.resume, overwrite=files.overwrite)
-    )
+
+    def checked() -> None:
+        require_positions(plan_prune(files.model, settings).budget.config, settings.seq_len)
+
+    on_first(checked)
+    with claim_output(files) as out:
+        inputs = run_inputs(files, settings)
+        run = on_first(lambda: claim_run_folder(out, inputs, resume=files.resume, anew=anew))
+        return _run(files, settings, out, run, inputs)
+
+
+def _run(
+    files: PruneFiles, settings: PruneConfig, out: Path, run: Path, inputs: dict[str, Any]
+) -> RunRecord | None:
+    name = files.model
     source, data = training_text(name, files.data)
     model, tokenizer = load_to_train(name, settings.dtype, settings.device)
+    require_space(out, weight_bytes(model), "the weights to write")
     dense_config, dense_generation = copy.deepcopy(model.config), model.generation_config
     blocks = on_first(
         lambda: token_blocks(
@@ -59,63 +77,62 @@ def run_prune(files: PruneFiles, settings: PruneConfig) -> RunRecord | None:
     # Imported late: it pulls in the whole training stack, which bad input should not wait for.
     from maskprune.structured.prune import prune
 
-    with open_run_folder(run, inputs):
+    with open_run_folder(run, inputs, blocks):
         result = prune(model, tokenizer, blocks, settings, run_dir=run, resume=files.resume)
-    if rank() > 0:
-        return None
-    result.model.generation_config = dense_generation
-    result.masks.source = name
+        if rank() > 0:
+            return None
+        result.model.generation_config = dense_generation
+        result.masks.source = name
 
-    ids = proof_tokens(result.model, blocks)
-    difference = compare_logits(result.masked_model, result.model, ids)
-    require_equal(difference, result.model.dtype)
-    small = cost(result.model.config)
-    record = RunRecord(
-        format="maskprune-run",
-        model=name,
-        method=settings.method,
-        data=data,
-        settings=settings,
-        seed=settings.seed,
-        steps=result.steps,
-        tokens=result.steps * settings.batch_size * settings.seq_len,
-        model_class=type(result.model).__name__,
-        difference=difference,
-        tokens_compared=ids.numel(),
-        dense=sizes(cost(dense_config)),
-        pruned=sizes(small),
-        details={
-            "shape": vars(result.shape),
-            "residuals": result.residuals,
-            "trace": [{k: r[k] for k in ("step", "R", "y", "z")} for r in result.trace],
-        },
-        card_only={
-            "sparsity": result.budget.sparsity,
-            "head_unit": settings.head_unit,
-            "tp": small.tp_sizes,
-        },
-    )
-    with new_folder(out, files.overwrite) as folder:
-        save_proven(
-            result.model,
-            folder,
-            ids,
-            record,
-            tokenizer=tokenizer,
-            max_shard_size=files.max_shard_size,
+        ids = proof_tokens(result.model, blocks)
+        difference = compare_logits(result.masked_model, result.model, ids)
+        require_equal(difference, result.model.dtype)
+        small = cost(result.model.config)
+        record = RunRecord(
+            format="maskprune-run",
+            model=name,
+            method=settings.method,
+            data=data,
+            settings=settings,
+            seed=settings.seed,
+            steps=result.steps,
+            tokens=result.steps * settings.batch_size * settings.seq_len,
+            model_class=type(result.model).__name__,
+            difference=difference,
+            tokens_compared=ids.numel(),
+            dense=sizes(cost(dense_config)),
+            pruned=sizes(small),
+            details={
+                "shape": vars(result.shape),
+                "residuals": result.residuals,
+                "trace": [{k: r[k] for k in ("step", "R", "y", "z")} for r in result.trace],
+            },
+            card_only={
+                "sparsity": result.budget.sparsity,
+                "head_unit": settings.head_unit,
+                "tp": small.tp_sizes,
+            },
         )
-        result.masks.save(folder / OWN_FOLDER / MASKS_FILE)
-        result.masked_model.save_pretrained(folder / OWN_FOLDER / "adapter")
-        shutil.copyfile(run / "trace.jsonl", folder / OWN_FOLDER / "trace.jsonl")
-    shutil.rmtree(run)
+        with new_folder(out, files.overwrite) as folder:
+            save_proven(
+                result.model,
+                folder,
+                ids,
+                record,
+                tokenizer=tokenizer,
+                max_shard_size=files.max_shard_size,
+            )
+            result.masks.save(folder / OWN_FOLDER / MASKS_FILE)
+            result.masked_model.save_pretrained(folder / OWN_FOLDER / "adapter")
+            shutil.copyfile(run / "trace.jsonl", folder / OWN_FOLDER / "trace.jsonl")
     before = shape_of(dense_config)
     lines = [
         f"{before} -> {result.shape}",
         f"parameters {record.dense['parameters']:,} -> {small.parameters:,}",
         f"largest logit difference masked against exported {difference.largest:.2e}, "
         "exported against reloaded 0",
-        f"stock {record.model_class} in {out}; load it with "
-        f'AutoModelForCausalLM.from_pretrained("{out}")',
+        f"stock {record.model_class} in {files.output}; load it with "
+        f'AutoModelForCausalLM.from_pretrained("{files.output}")',
     ]
     lines += [f"misaligned for {n}" for n in lint(result.shape, settings.targets, before)]
     record.summary = "\n".join(lines)

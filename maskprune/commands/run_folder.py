@@ -1,8 +1,10 @@
-"""What every run on disk shares: its folder, its inputs, its model and text."""
+"""What every run on disk shares: its output, its folder in progress, its inputs, model and text."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -11,61 +13,117 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from maskprune.files import require_new_folder, write_json
+from maskprune.config import PruneConfig, RunFiles, SparsifyConfig
+from maskprune.files import locked, output_folder, require_new_folder, write_json
 from maskprune.hf.demo_model import MODEL_NAME, TEXT_NAME, demo_text
-from maskprune.hf.load import load_model, resolve_model
-from maskprune.training.data import Source
-from maskprune.training.distributed import rank
+from maskprune.hf.load import load_model, require_finite_weights, resolve_model
+from maskprune.streaming.safetensors_file import parse_size
+from maskprune.training.checkpoints import newest
+from maskprune.training.distributed import on_first, rank
+from maskprune.training.documents import Source
+from maskprune.training.interrupt import Interrupted, stop_on_signals
 
 C4 = "allenai/c4:en:train"
 INPUTS_FILE = "settings.json"
+# What a resumed run may have otherwise: the result does not depend on it.
+MAY_CHANGE = ("save_steps", "logging_steps", "device", "targets")
+
+
+@contextlib.contextmanager
+def claim_output(files: RunFiles, *also_read: str | None) -> Iterator[Path]:
+    """The output folder of a run, held against other processes; signals and a full disk explained.
+
+    Args:
+        also_read: inputs beside MODEL and DATA, which OUT must not hold either.
+
+    Raises:
+        ValueError: it stands, cannot be written, holds what must stay, or another run writes it.
+        Interrupted: SIGTERM or SIGINT came.
+        RuntimeError: the disk is full.
+    """
+
+    def checked() -> Path:
+        parse_size(files.max_shard_size)
+        out = output_folder(str(files.output))
+        require_new_folder(out, files.overwrite, (files.model, files.data, *also_read))
+        return out
+
+    out = on_first(checked)
+    with stop_on_signals(), locked(out):
+        try:
+            yield out
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not _disk_is_full(error):
+                raise
+            kept = f"; {run_folder(out)} keeps a checkpoint, go on with --resume"
+            raise RuntimeError(
+                f"no space is left on the disk of {out}; free some and run it again"
+                + (kept if newest(run_folder(out)) else "")
+            ) from error
+
+
+def _disk_is_full(error: Exception) -> bool:
+    # torch.save says only that fewer bytes were written than it gave.
+    return (
+        getattr(error, "errno", None) == errno.ENOSPC
+        or "No space left on device" in str(error)
+        or "inline_container" in str(error)
+    )
 
 
 def run_folder(out: Path) -> Path:
-    """Where a run in progress keeps its checkpoints and trace; gone once OUT stands."""
+    """Where a run in progress keeps its checkpoints and trace; removed when OUT is there."""
     return out.parent / f"{out.name}.run"
 
 
-def claim_run_folder(out: Path, inputs: dict[str, Any], *, resume: bool, overwrite: bool) -> Path:
+def claim_run_folder(
+    out: Path, inputs: dict[str, Any], *, resume: bool, anew: bool = False
+) -> Path:
     """The run folder of OUT: not there, or with the run that `resume` continues.
 
     Args:
         inputs: what a resumed run must have in common with its first part.
+        anew: remove a run in progress.
 
     Raises:
-        ValueError: OUT stands, a run is in progress, there is none to resume, or its settings
-            or inputs were others; or the folder is not a run's.
+        ValueError: a run is in progress, there is none to resume, or its settings or inputs were
+            others; or the folder is not a run's.
     """
-    require_new_folder(out, overwrite)
     run = run_folder(out)
-    if run.exists() and not resume:
-        if any(run.glob("checkpoint-*")):
-            raise ValueError(
-                f"{run} holds a run in progress; continue it with --resume, or remove it"
-            )
-        if any(run.iterdir()) and not (run / INPUTS_FILE).is_file():
-            raise ValueError(
-                f"{run}, where the run would keep its checkpoints, holds other files; choose "
-                "another output folder, or move them"
-            )
-        shutil.rmtree(run)
-    if resume:
-        if not run.exists():
+    if not run.exists():
+        if resume:
             raise ValueError(f"there is no run in progress at {run}; start one without --resume")
-        _require_same_inputs(run, inputs)
+        return run
+    if any(run.iterdir()) and not (run / INPUTS_FILE).is_file():
+        raise ValueError(
+            f"{run}, where the run would keep its checkpoints, holds other files; choose another "
+            "output folder, or move that one away"
+        )
+    checkpoint = newest(run)
+    if resume and checkpoint is None:
+        raise ValueError(f"{run} has no whole checkpoint to go on from; start without --resume")
+    if resume:
+        _require_same(run, inputs)
+    elif checkpoint is not None and not anew:
+        raise ValueError(f"{run} holds a run in progress; continue it with --resume, or remove it")
+    else:
+        shutil.rmtree(run)
     return run
 
 
-def _require_same_inputs(run: Path, now: dict[str, Any]) -> None:
+def _require_same(run: Path, now: dict[str, Any]) -> None:
     try:
         saved = json.loads((run / INPUTS_FILE).read_text())
     except (OSError, json.JSONDecodeError):
         raise ValueError(
-            f"{run} does not say what run it is of ({INPUTS_FILE} is missing or broken), so it "
-            "cannot go on; choose another output folder, or move that one away"
+            f"{run} does not say what run it is of ({INPUTS_FILE} is broken), so it cannot go on; "
+            "choose another output folder, or move that one away"
         ) from None
-    changed = [f"{k} {saved.get(k)!r} -> {now[k]!r}" for k in now if saved.get(k) != now[k]]
+    compared = [k for k in now if k not in MAY_CHANGE and k in saved]
+    changed = [f"{k} {saved[k]!r} -> {now[k]!r}" for k in compared if saved[k] != now[k]]
     if changed:
         raise ValueError(
             f"--resume with other settings than the first run's: {', '.join(changed)}; repeat the "
@@ -73,32 +131,61 @@ def _require_same_inputs(run: Path, now: dict[str, Any]) -> None:
         )
 
 
-def run_inputs(name: str, data: str | None, settings: Any) -> dict[str, Any]:
+def run_inputs(files: RunFiles, settings: PruneConfig | SparsifyConfig) -> dict[str, Any]:
     """MODEL, DATA and every setting, as a resumed run must have them again."""
-    return {"model": str(name), "data": data} | asdict(settings)
+    return {"model": _same_place(files.model), "data": _same_place(files.data)} | asdict(settings)
+
+
+def _same_place(name: str | None) -> str | None:
+    path = Path(name or "").expanduser()
+    return str(path.resolve()) if name and path.exists() else name
 
 
 @contextlib.contextmanager
-def open_run_folder(run: Path, inputs: dict[str, Any]) -> Iterator[None]:
-    """Make the run folder and note the inputs in it; bad input leaves none without checkpoints.
+def open_run_folder(
+    run: Path, inputs: dict[str, Any], blocks: torch.Tensor | None
+) -> Iterator[None]:
+    """Make the run folder and note the inputs in it; at the end of the context it is removed.
+
+    An error or signal leaves it where it has a whole checkpoint to go on from.
+
+    Args:
+        blocks: (n, T) int64 token blocks; a resumed run must read the same ones.
 
     Of several processes, rank 0 does.
     """
     if rank() > 0:
         yield
         return
+    if blocks is not None:
+        text = hashlib.sha256(blocks.contiguous().numpy().data).hexdigest()
+        inputs = inputs | {"sha256 of the tokens read": text}
+    if run.exists():
+        _require_same(run, inputs)
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / INPUTS_FILE, inputs)
     try:
         yield
-    except ValueError:
-        if not any(run.glob("checkpoint-*")):
+    except BaseException as error:
+        checkpoint = newest(run)
+        if checkpoint is None:
             shutil.rmtree(run)
+        if isinstance(error, KeyboardInterrupt):
+            said = "nothing was kept, no checkpoint was saved yet"
+            if checkpoint is not None:
+                said = f"{checkpoint} is saved, go on from it with --resume"
+            first = str(error) or "interrupted"
+            raise Interrupted(getattr(error, "signum", 2), f"{first}; {said}") from None
         raise
+    shutil.rmtree(run)
 
 
-def read_config(name: str) -> Any:
-    """The transformers config of MODEL, without its weights."""
+def read_config(name: str) -> PreTrainedConfig:
+    """The transformers config of MODEL, without its weights.
+
+    Raises:
+        ValueError: there is none, it cannot be read, or it is of quantised weights.
+    """
     from transformers import AutoConfig
 
     from maskprune.hf.load import gguf_file
@@ -108,13 +195,21 @@ def read_config(name: str) -> Any:
     if Path(where).is_dir() and (gguf := gguf_file(Path(where))):
         options["gguf_file"] = gguf
     try:
-        return AutoConfig.from_pretrained(where, **options)
-    except (OSError, ValueError) as error:
-        line = str(error).strip().partition("\n")[0]
+        config = AutoConfig.from_pretrained(where, **options)
+    # transformers checks a config's types with an error class of its own.
+    except Exception as error:
+        line = " ".join(str(error).split("\n")[:2])
         raise ValueError(
             f"no config could be read from {where} ({line}); expected a checkpoint folder or a "
             "hub id"
         ) from None
+    if quantised := getattr(config, "quantization_config", None):
+        kind = quantised if isinstance(quantised, dict) else vars(quantised)
+        raise ValueError(
+            f"model {name} is quantised ({kind.get('quant_method', 'quantization_config')}); "
+            "expected float32, bfloat16 or float16 weights: take the model it was made from"
+        )
+    return config
 
 
 def _only_config(name: str) -> bool:
@@ -129,9 +224,20 @@ def training_text(name: str, data: str | None) -> tuple[Source, str]:
     return (demo_text()[0], TEXT_NAME) if name == MODEL_NAME else (C4, C4)
 
 
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of a model's weights, tied ones once."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
 def load_to_train(name: str, dtype: str, device: str) -> tuple[Any, Any]:
-    """(model, tokenizer); `auto` is float32 on the CPU, as stored on a GPU."""
+    """(model, tokenizer); `auto` is float32 on the CPU, as stored on a GPU.
+
+    Raises:
+        ValueError: see `load_model`; or weights that are NaN or infinite.
+    """
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if dtype == "auto" and not on_gpu:
         dtype = "float32"
-    return load_model(name, dtype=dtype, device=device)
+    model, tokenizer = load_model(name, dtype=dtype, device=device)
+    require_finite_weights(model, name)
+    return model, tokenizer

@@ -10,17 +10,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from maskprune.commands.record import RunRecord, proof_tokens, save_proven
 from maskprune.commands.run_folder import (
+    claim_output,
     claim_run_folder,
     load_to_train,
     open_run_folder,
     read_config,
     run_inputs,
     training_text,
+    weight_bytes,
 )
 from maskprune.config import SparsifyConfig, SparsifyFiles
-from maskprune.files import OWN_FOLDER, new_folder, require_new_folder
-from maskprune.hf.families import family_of
-from maskprune.hf.load import load_model
+from maskprune.files import OWN_FOLDER, new_folder, require_space
+from maskprune.hf.load import load_model, torch_device
+from maskprune.hf.shape import require_positions, shape_of
 from maskprune.training.data import token_blocks
 from maskprune.training.distributed import on_first, rank, start
 from maskprune.two_four.one_shot import METHODS
@@ -36,21 +38,35 @@ def run_sparsify(files: SparsifyFiles, settings: SparsifyConfig) -> RunRecord | 
     Raises:
         ValueError: anything that cannot work, before anything is written.
     """
-    name, out = files.model, Path(str(files.output))
-    if files.masks is not None:
-        if rank() > 0:
-            return None
-        family_of(read_config(name))
-        return _apply(files, files.masks, settings)
-    start(settings.device)
-    family_of(on_first(lambda: read_config(name)))
-    inputs = run_inputs(name, files.data, settings)
-    run = on_first(
-        lambda: claim_run_folder(out, inputs, resume=files.resume, overwrite=files.overwrite)
-    )
-    if settings.method == "maskllm" and settings.prior not in (*METHODS, "none"):
-        load_masks(settings.prior)
+    if files.masks is not None and rank() > 0:
+        return None
+    torch_device(settings.device)
+    if files.masks is None:
+        start(settings.device)
+        on_first(lambda: _require_shape(files.model, settings))
+    else:
+        shape_of(read_config(files.model))
+    prior = settings.prior
+    with claim_output(files, files.masks, prior) as out:
+        if files.masks is not None:
+            return _apply(files, out, files.masks, settings)
+        if settings.method == "maskllm" and prior not in (*METHODS, "none"):
+            load_masks(prior)
+        return _run(files, settings, out)
+
+
+def _require_shape(name: str, settings: SparsifyConfig) -> None:
+    config = read_config(name)
+    shape_of(config)
+    if settings.method != "magnitude":
+        require_positions(config, settings.seq_len)
+
+
+def _run(files: SparsifyFiles, settings: SparsifyConfig, out: Path) -> RunRecord | None:
+    name, inputs = files.model, run_inputs(files, settings)
+    run = on_first(lambda: claim_run_folder(out, inputs, resume=files.resume))
     model, tokenizer = load_to_train(name, settings.dtype, settings.device)
+    require_space(out, weight_bytes(model), "the weights to write")
     data = blocks = None
     if settings.method != "magnitude":
         source, data = training_text(name, files.data)
@@ -65,36 +81,33 @@ def run_sparsify(files: SparsifyFiles, settings: SparsifyConfig) -> RunRecord | 
     # Imported late: it pulls in the whole training stack, which bad input should not wait for.
     from maskprune.two_four.sparsify import sparsify
 
-    with open_run_folder(run, inputs):
+    with open_run_folder(run, inputs, blocks):
         result = sparsify(model, tokenizer, blocks, settings, run_dir=run, resume=files.resume)
-    if rank() > 0:
-        return None
-    ids = proof_tokens(result.model, blocks)
-    record = RunRecord(
-        format="maskprune-two-four",
-        model=name,
-        method=settings.method,
-        data=data,
-        settings=settings,
-        seed=settings.seed,
-        steps=result.steps,
-        tokens=result.steps * settings.batch_size * settings.seq_len,
-        model_class=type(result.model).__name__,
-        difference=result.difference,
-        tokens_compared=ids.numel(),
-    )
-    with new_folder(out, files.overwrite) as folder:
-        _write(result.model, result.masks, folder, ids, record, tokenizer, files)
-        if result.trace:
-            shutil.copyfile(run / "trace.jsonl", folder / OWN_FOLDER / "trace.jsonl")
-    shutil.rmtree(run)
+        if rank() > 0:
+            return None
+        ids = proof_tokens(result.model, blocks)
+        record = RunRecord(
+            format="maskprune-two-four",
+            model=name,
+            method=settings.method,
+            data=data,
+            settings=settings,
+            seed=settings.seed,
+            steps=result.steps,
+            tokens=result.steps * settings.batch_size * settings.seq_len,
+            model_class=type(result.model).__name__,
+            difference=result.difference,
+            tokens_compared=ids.numel(),
+        )
+        with new_folder(out, files.overwrite) as folder:
+            _write(result.model, result.masks, folder, ids, record, tokenizer, files)
+            if result.trace:
+                shutil.copyfile(run / "trace.jsonl", folder / OWN_FOLDER / "trace.jsonl")
     return record
 
 
-def _apply(files: SparsifyFiles, masks_from: str, settings: SparsifyConfig) -> RunRecord:
+def _apply(files: SparsifyFiles, out: Path, masks_from: str, settings: SparsifyConfig) -> RunRecord:
     """Masks from a file onto MODEL: what somebody else learned, on one's own copy."""
-    out = Path(str(files.output))
-    require_new_folder(out, files.overwrite)
     masks, metadata = load_masks(masks_from)
     model, tokenizer = load_model(files.model, dtype=settings.dtype, device=settings.device)
     apply_masks(model, masks)

@@ -143,7 +143,14 @@ def load_model(
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 where, output_loading_info=True, **options
             )
-    except (OSError, ValueError, SafetensorError) as error:
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"model {where}: its config.json names other shapes than its weights have; fetch both "
+            "again"
+        ) from None
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ValueError(
             f"model {where} could not be read ({_first_line(error)}); expected a folder with "
             "config.json and whole safetensors files, or a hub id that has them"
@@ -156,6 +163,22 @@ def load_model(
             "half-written or of another architecture than its config.json: fetch it again"
         )
     return model.to(on).eval(), tokenizer
+
+
+@torch.no_grad()
+def require_finite_weights(model: Any, name: str | Path) -> None:
+    """Refuse weights from which nothing can be learned.
+
+    Raises:
+        ValueError: NaN or infinite values; names the first tensor.
+    """
+    for key, tensor in model.named_parameters():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"model {name}: {key} holds NaN or infinite values as "
+                f"{str(tensor.dtype).removeprefix('torch.')}; fetch the checkpoint again, or "
+                "load it in a wider --dtype"
+            )
 
 
 def torch_dtype(name: str) -> Any:
@@ -183,8 +206,11 @@ def torch_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"device is {name!r}; expected auto, cpu, cuda or cuda:0") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {name!r}, but torch sees no CUDA device here; use cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {name!r}; expected auto, cpu, cuda or cuda:0")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        seen = torch.cuda.device_count() or "no"
+        raise ValueError(f"device is {name!r}, but torch sees {seen} CUDA devices here; use cpu")
     return device
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from maskprune.hf.families import family_of, ffn_width, head_dim, kv_heads, text_config
 
 
@@ -26,12 +28,42 @@ class Shape:
 
 
 def shape_of(config: Any) -> Shape:
-    """The dimensions of a transformers config of a known family."""
+    """The dimensions of a transformers config of a known family.
+
+    Raises:
+        ValueError: an unknown family, or sizes that no model can have.
+    """
     family_of(config)
-    return Shape(
-        layers=int(text_config(config).num_hidden_layers),
-        heads=int(text_config(config).num_attention_heads),
+    text = text_config(config)
+    counts = {
+        "num_hidden_layers": text.num_hidden_layers,
+        "num_attention_heads": text.num_attention_heads,
+    }
+    for name, count in counts.items():
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"the config's {name} is {count!r}; expected a whole number from 1 on")
+    shape = Shape(
+        layers=text.num_hidden_layers,
+        heads=text.num_attention_heads,
         kv_heads=kv_heads(config),
         head_dim=head_dim(config),
         ffn=ffn_width(config),
     )
+    if min(shape.kv_heads, shape.head_dim, shape.ffn) < 1 or shape.heads % shape.kv_heads:
+        raise ValueError(
+            f"the config says {shape}; expected sizes from 1 on, and heads that the KV heads divide"
+        )
+    return shape
+
+
+def require_positions(config: PreTrainedConfig, seq_len: int) -> None:
+    """Refuse sequences that are longer than the positions which a model was trained for.
+
+    Raises:
+        ValueError: `seq_len` is below 2 or too large.
+    """
+    positions = getattr(text_config(config), "max_position_embeddings", None)
+    if seq_len < 2 or (positions and seq_len > positions):
+        raise ValueError(
+            f"seq_len is {seq_len}; expected 2 up to the model's {positions or 'any'} positions"
+        )

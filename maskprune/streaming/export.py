@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from maskprune.files import new_folder, require_new_folder
+from maskprune.files import locked, new_folder, output_folder, require_new_folder
 from maskprune.hf.checkpoint_files import save_stock, write_stock_files
 from maskprune.hf.load import gguf_file, load_model, resolve_model
 from maskprune.hf.model_card import model_card
@@ -91,26 +91,29 @@ def export_checkpoint(
 
     Source: MaskPrune (arXiv 2502.14008), section 3.2, with the fold mended (docs/method.md).
     """
-    out = Path(out_dir)
-    require_new_folder(out, overwrite)
+    out = output_folder(out_dir)
+    require_new_folder(out, overwrite, (src_dir, masks_file, adapter))
     shard_size = parse_size(max_shard_size)
     masks = load_masks(masks_file)
     shape = final_shape(masks)
     source = _source_folder(src_dir)
     try:
-        if gguf_file(source):
-            return _through_memory(
-                source, masks, out, max_shard_size, adapter, arch_fallback, overwrite
-            )
-        plan = plan_stream(source, masks, shape, shard_size, adapter, arch_fallback)
-        _require_space(out, plan.bytes_written)
-        with new_folder(out, overwrite) as building:
-            _write_weights(plan, building, progress, backend)
-            card = _card(source, masks, shape, plan.parameters)
-            write_stock_files(building, plan.config, source=source, model_card=card)
+        with locked(out):
+            if gguf_file(source):
+                return _through_memory(
+                    source, masks, out, max_shard_size, adapter, arch_fallback, overwrite
+                )
+            plan = plan_stream(source, masks, shape, shard_size, adapter, arch_fallback)
+            _require_space(out, plan.bytes_written)
+            with new_folder(out, overwrite) as building:
+                _write_weights(plan, building, progress, backend)
+                card = _card(source, masks, shape, plan.parameters)
+                write_stock_files(building, plan.config, source=source, model_card=card)
     except OSError as error:
         raise _explained(error, out) from error
-    return Exported(out, shape, plan.config, plan.bytes_read, plan.bytes_written, plan.dropped)
+    return Exported(
+        Path(out_dir), shape, plan.config, plan.bytes_read, plan.bytes_written, plan.dropped
+    )
 
 
 def _source_folder(name: str | Path) -> Path:

@@ -33,6 +33,7 @@ from maskprune.training.checkpoints import (
     load_solver,
     mark_complete,
     open_run,
+    require_checkpoint_space,
     save_solver,
     temporary_folder,
 )
@@ -261,7 +262,13 @@ def prune(
     join_run(config, core)
     quiet = quiet or rank() > 0
     budget = Budget.of(core, config)
-    blocks = as_blocks(data, tokenizer, config)
+    most = max(128, text_config(core.config).hidden_size)
+    for name in ("lora_r", "output_r"):
+        if getattr(config, name) > most:
+            raise ValueError(
+                f"{name} is {getattr(config, name)}; expected at most {most}, the full rank"
+            )
+    blocks = as_blocks(data, tokenizer, config, core)
     steps = total_steps(config, len(blocks))
     order = block_order(len(blocks), config.batch_size, steps, config.seed, seq_len=config.seq_len)
 
@@ -311,6 +318,8 @@ def prune(
             run_dir = stack.enter_context(temporary_folder())
         run = Path(run_dir)
         checkpoint = on_first(lambda: open_run(run, resume))
+        if checkpoint is None:
+            require_checkpoint_space(run, (p for p in core.parameters() if p.requires_grad))
         learned = config.method == "maskprune"
         masks.requires_grad_(learned)
         # A family that keeps its heads has no head masks, and DDP waits for no gradient of them.

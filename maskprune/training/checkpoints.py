@@ -7,13 +7,13 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from maskprune.files import sync, write_json
+from maskprune.files import require_space, sync, write_json
 from maskprune.training.distributed import on_first, rank
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,17 @@ def load_solver(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         "rates": json.loads(meta["rates"]),
     }
     return masks, solver
+
+
+def require_checkpoint_space(run: Path, trained: Iterable[torch.Tensor]) -> None:
+    """Refuse a run whose checkpoints will not fit: two are kept while a third is written.
+
+    Raises:
+        ValueError: says how much space is needed; see `require_space`.
+    """
+    # AdamW keeps two averages of the size of what it trains.
+    one = 3 * sum(p.numel() * p.element_size() for p in trained)
+    require_space(run, 3 * one, "the checkpoints of this run")
 
 
 def mark_complete(folder: Path) -> None:
@@ -83,16 +94,20 @@ def open_run(run: Path, resume: bool) -> Path | None:
     return latest(run) if resume else None
 
 
+def newest(run: Path) -> Path | None:
+    """The newest whole checkpoint of a run; nothing is changed."""
+    found = [
+        (int(number), folder)
+        for folder in run.glob("checkpoint-*")
+        if (number := folder.name.removeprefix("checkpoint-")).isdigit() and is_complete(folder)
+    ]
+    return max(found)[1] if found else None
+
+
 def latest(run: Path) -> Path | None:
     """The newest whole checkpoint of a run; half-written ones are removed."""
-    found = []
     for folder in run.glob("checkpoint-*"):
-        number = folder.name.removeprefix("checkpoint-")
-        if not number.isdigit():
-            continue
-        if is_complete(folder):
-            found.append((int(number), folder))
-        else:
+        if folder.name.removeprefix("checkpoint-").isdigit() and not is_complete(folder):
             logger.warning("removing %s, which a killed run left half-written", folder)
             shutil.rmtree(folder)
-    return max(found)[1] if found else None
+    return newest(run)

@@ -14,8 +14,10 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from maskprune.hf.families import text_config
+from maskprune.hf.shape import require_positions
 from maskprune.training.data import token_blocks
 from maskprune.training.distributed import mean, on_first, start, world_size
+from maskprune.training.interrupt import StopCallback, training_loop
 from maskprune.training.speed import bfloat16_is_faster
 
 
@@ -45,6 +47,16 @@ class BlockTrainer(Trainer):
         self.last_loss: dict[str, torch.Tensor] = {}
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
+        self.add_callback(StopCallback())
+
+    def train(self, *args: Any, **kw: Any) -> Any:
+        """`Trainer.train`; a signal ends it after a checkpoint.
+
+        Raises:
+            Interrupted: a signal came, see `stop_on_signals`.
+        """
+        with training_loop():
+            return super().train(*args, **kw)
 
     def _get_train_sampler(self, *_: Any) -> Any:
         blocks: Any = self.train_dataset
@@ -60,21 +72,43 @@ class BlockTrainer(Trainer):
             self.last_loss = dict(zip(self.last_loss, means, strict=True))
         if self.last_loss and not torch.isfinite(self.last_loss["loss"]):
             raise FloatingPointError(
-                f"the loss is {self.last_loss['loss'].item()} at step {self.state.global_step};"
-                " the last good checkpoint is kept: go on from it with --resume and a lower "
-                "--learning-rate"
+                f"the loss is {self.last_loss['loss'].item()} at step {self.state.global_step}; "
+                "start again with a lower --learning-rate, for --resume would only meet it again"
             )
 
 
-def as_blocks(data: Any, tokenizer: Any, config: Any) -> torch.Tensor:
-    """(n, seq_len) int64 token blocks: `data` itself, or made of a text source by the settings."""
-    if isinstance(data, torch.Tensor):
-        return data
-    return on_first(
-        lambda: token_blocks(
-            data, tokenizer, config.seq_len, num_tokens=config.max_tokens, seed=config.seed
+def as_blocks(data: Any, tokenizer: Any, config: Any, model: Any) -> torch.Tensor:
+    """(n, seq_len) int64 token blocks: `data` itself, or made of a text source by the settings.
+
+    Raises:
+        ValueError: the model has no such positions or tokens; or see `token_blocks`.
+    """
+    require_positions(model.config, config.seq_len)
+    blocks: torch.Tensor = (
+        data
+        if isinstance(data, torch.Tensor)
+        else on_first(
+            lambda: token_blocks(
+                data, tokenizer, config.seq_len, num_tokens=config.max_tokens, seed=config.seed
+            )
         )
     )
+    require_known_tokens(model, blocks)
+    return blocks
+
+
+def require_known_tokens(model: Any, ids: torch.Tensor) -> None:
+    """Refuse token ids that the model has no embedding of.
+
+    Raises:
+        ValueError: the tokenizer is another model's.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if ids.numel() and int(ids.max()) >= rows:
+        raise ValueError(
+            f"the text has token {int(ids.max())} and the model embeds {rows} tokens; the "
+            "tokenizer is of another model: copy the files of its own"
+        )
 
 
 def require_trainable_dtype(model: Any) -> None:

@@ -24,7 +24,12 @@ from maskprune.hf.equality import (
 )
 from maskprune.hf.families import text_config
 from maskprune.hf.head import head_of, last_hidden_states
-from maskprune.training.checkpoints import mark_complete, open_run, temporary_folder
+from maskprune.training.checkpoints import (
+    mark_complete,
+    open_run,
+    require_checkpoint_space,
+    temporary_folder,
+)
 from maskprune.training.data import block_order
 from maskprune.training.distributed import as_forward, barrier, on_first, rank
 from maskprune.training.losses import hidden_cross_entropy, hidden_kl
@@ -215,7 +220,9 @@ def sparsify(
     join_run(config, core)
     quiet = quiet or rank() > 0
     magnitude = config.method == "magnitude"
-    blocks = torch.empty(0, config.seq_len) if magnitude else as_blocks(data, tokenizer, config)
+    blocks = torch.empty(0, config.seq_len)
+    if not magnitude:
+        blocks = as_blocks(data, tokenizer, config, core)
     set_seed(config.seed)
     text = text_config(core.config)
     cached, text.use_cache = text.use_cache, False
@@ -257,6 +264,8 @@ def _learn(
             seed=config.seed,
         )
         stack.callback(masks.detach)
+        if checkpoint is None:
+            require_checkpoint_space(run, masks.parameters())
         if config.gradient_checkpointing:
             checkpoint_activations(model)
         if config.loss == "kl" and (obstacle := head_of(model).obstacle):

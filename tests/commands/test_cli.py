@@ -290,6 +290,8 @@ def test_info_names_each_backend(capsys):
 
 def test_an_interrupted_run_is_not_overwritten_by_a_new_one(place, tmp_path, capsys):
     (tmp_path / "x.run" / "checkpoint-8").mkdir(parents=True)
+    (tmp_path / "x.run" / "checkpoint-8" / "complete.json").write_text("{}")
+    (tmp_path / "x.run" / "settings.json").write_text("{}")
     arguments = ["prune", str(place / "model"), "-o", str(tmp_path / "x"), *PRUNE]
     assert main([*arguments, "--data", str(place / "text.jsonl")]) == 2
     assert "continue it with --resume" in capsys.readouterr().err

@@ -185,8 +185,14 @@ def test_a_folder_that_exists_is_kept_unless_told(tmp_path, refused):
     with refused("exists and is not empty; .* --overwrite"):
         stream(source, masks_file, out)
     assert (out / "mine").read_text() == "precious"
+    with refused("holds mine, which maskprune did not write"):
+        stream(source, masks_file, out, overwrite=True)
+    assert (out / "mine").read_text() == "precious"
+    (out / "mine").unlink()
+    stream(source, masks_file, out)
+    before = (out / "config.json").stat().st_ino
     stream(source, masks_file, out, overwrite=True)
-    assert not (out / "mine").exists() and (out / "config.json").exists()
+    assert (out / "config.json").stat().st_ino != before
 
 
 def test_leftovers_of_a_killed_run_are_cleared(tmp_path):
@@ -215,11 +221,11 @@ def test_a_full_disk_ends_in_one_line(tmp_path, monkeypatch, foreseen, backend):
 def test_a_target_that_cannot_be_written_ends_in_one_line(tmp_path):
     source, masks_file, *_ = prepared(tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="choose a folder whose parents are folders"):
+    with pytest.raises(ValueError, match="choose a folder whose parents are folders"):
         stream(source, masks_file, tmp_path / "file" / "out")
     with tmpfs(tmp_path / "read_only", "1m") as folder:
         subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
-        with pytest.raises(OSError, match="choose a folder that can be written"):
+        with pytest.raises(ValueError, match="choose a folder that can be written"):
             stream(source, masks_file, folder / "out")
 
 
