@@ -43,7 +43,11 @@ def run_prune(files: PruneFiles, settings: PruneConfig) -> RunRecord | None:
     """
     start(settings.device)
     name, out = files.model, Path(str(files.output))
-    on_first(lambda: plan_prune(name, settings))
+
+    def check() -> None:
+        plan_prune(name, settings)
+
+    on_first(check)
     inputs = run_inputs(name, files.data, settings)
     run = on_first(
         lambda: claim_run_folder(out, inputs, resume=files.resume, overwrite=files.overwrite)
