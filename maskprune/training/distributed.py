@@ -128,7 +128,7 @@ def _first_to_tell() -> bool:
 
 
 def on_first(function: Callable[[], T]) -> T:
-    """What `function` gives on rank 0, given to every rank, as its error is."""
+    """What `function` gives on rank 0, given to every rank by pickle, as its error is."""
     if world_size() == 1:
         return function()
     told: list[Any] = [None, None]
