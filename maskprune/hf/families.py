@@ -14,6 +14,10 @@ from typing import Any
 from torch import nn
 
 
+def _takes_all(config: Any) -> str | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Family:
     """One row of the table: module names, config fields, and what the config class accepts.
@@ -54,7 +58,7 @@ class Family:
     fused: bool = False
     no_heads: str | None = None
     on_disk: tuple[tuple[str, str], ...] = ()
-    refuses: Callable[[Any], str | None] = lambda config: None
+    refuses: Callable[[Any], str | None] = _takes_all
 
     @property
     def prunes_heads(self) -> bool:

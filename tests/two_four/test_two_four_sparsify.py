@@ -192,7 +192,7 @@ def test_a_failed_run_takes_its_masks_off(monkeypatch):
     "changes, said",
     [
         (dict(method="maskprune"), "expected one of maskllm, sparsegpt, wanda, magnitude"),
-        (dict(prior="flap"), "or a masks file"),
+        (dict(prior="flap"), "or a masks file or output folder"),
         (dict(update_weights=True), "update_weights is for --method sparsegpt"),
         (dict(tau_end=0.0), "tau_end is 0.0; expected a number above 0"),
         (dict(steps=5), "steps is 5; expected at least 20"),
