@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from maskprune.commands.evaluate import perplexity
-from maskprune.files import new_folder
+from maskprune.files import OWN_FOLDER, new_folder
 from maskprune.hf.demo_model import cache_dir, demo_text
 from maskprune.training.data import block_order, token_blocks
 from maskprune.training.documents import documents
@@ -128,6 +128,8 @@ def main() -> int:
     with new_folder(args.out or folder(), overwrite=True) as out:
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
+        # With it, a list of the files is kept, by which the next call may replace them.
+        (out / OWN_FOLDER).mkdir()
     return 0
 
 

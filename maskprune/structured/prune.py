@@ -220,6 +220,41 @@ def first_masks(run: Path, masks: Masks) -> dict[str, torch.Tensor]:
     return {name: getattr(before, name).detach().to(masks.ffn.device) for name in ("head", "ffn")}
 
 
+def _solver(masks: Masks, budget: Budget, steps: int, config: PruneConfig) -> Minimax:
+    return Minimax(
+        masks,
+        budget,
+        steps,
+        mode=config.mode,
+        reach=config.reach or (0.6 if config.warm_start == "none" else 0.1),
+        eta1=config.eta1,
+        interval=config.interval,
+    )
+
+
+def require_reachable(budget: Budget, steps: int, config: PruneConfig) -> None:
+    """Refuse a short cold run whose schedule ends before its budget.
+
+    The solver is run to the end on masks that no loss moves, which takes less than a second. Runs
+    of more than 500 steps have prox calls to spare, and warm ones begin near the budget.
+
+    Raises:
+        ValueError: the budget is not reached; says what to change.
+    """
+    if config.warm_start != "none" or config.method != "maskprune" or steps > 500:
+        return
+    masks = Masks(budget.shape, config.head_unit, budget.family.model_type)
+    solver = _solver(masks, budget, steps, config)
+    for _ in range(steps):
+        solver.step()
+    if not solver.locked:
+        raise ValueError(
+            f"{steps} steps from --warm-start none end at R = {solver.read()['R']:.3f}, above the "
+            f"budget {budget.R_star:.3f}; give more --steps, a smaller --interval (now "
+            f"{solver.rates.interval}), or a warm start"
+        )
+
+
 def prune(
     model: nn.Module,
     tokenizer: Any,
@@ -270,6 +305,7 @@ def prune(
             )
     blocks = as_blocks(data, tokenizer, config, core)
     steps = total_steps(config, len(blocks))
+    require_reachable(budget, steps, config)
     order = block_order(len(blocks), config.batch_size, steps, config.seed, seq_len=config.seq_len)
 
     set_seed(config.seed)
@@ -301,16 +337,7 @@ def prune(
     masks = attach_masks(peft_model, config.head_unit)
     if obstacle := head_of(core).obstacle:
         note(f"{obstacle}: the loss needs whole logits, and their memory", quiet)
-    reach = config.reach or (0.6 if config.warm_start == "none" else 0.1)
-    solver = Minimax(
-        masks,
-        budget,
-        steps,
-        mode=config.mode,
-        reach=reach,
-        eta1=config.eta1,
-        interval=config.interval,
-    )
+    solver = _solver(masks, budget, steps, config)
     autocast = use_autocast(config, core, device)
 
     with contextlib.ExitStack() as stack:

@@ -357,6 +357,15 @@ def test_bad_values_are_refused_before_any_work(flag, value, message, place, cap
     assert listing(place) == ["model", "text.jsonl"]
 
 
+@pytest.mark.parametrize("steps, reached", [("40", False), ("60", True)])
+def test_a_schedule_that_ends_before_the_budget_is_refused(steps, reached, place, capsys):
+    cold = ["--warm-start", "none", "--interval", "10", "--sparsity", "0.5", "--steps", steps]
+    assert prune(place, *cold) == (0 if reached else 2)
+    if not reached:
+        assert "40 steps from --warm-start none end at R = " in said(capsys)
+        assert listing(place) == ["model", "text.jsonl"]
+
+
 def test_a_new_folder_lists_its_files(tmp_path):
     with new_folder(tmp_path / "out") as folder:
         (folder / "maskprune").mkdir()
