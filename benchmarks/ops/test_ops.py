@@ -3,7 +3,7 @@
     pytest benchmarks/ops/test_ops.py --rows benchmarks/results/ops.jsonl --overwrite
 
 For a quick look at one machine; providers are not interleaved here, so ratios between operations
-and torch come from bench_prox.py, bench_fold.py, bench_masked_forward.py and bench_two_four.py.
+and torch come from prox.py, fold.py, masked_forward.py and two_four.py.
 `make test` runs these too, without timing.
 """
 
