@@ -112,7 +112,8 @@ def one_run(args: Any, arm: str, seed: int, shape: Shape | None) -> tuple[dict[s
     result = prune(model, tokenizer, blocks, config, quiet=args.quiet, callbacks=shuffled)
     seconds = time.monotonic() - started
     settled = [r for r in result.trace if r["locked"]]
-    read = 0 if config.warm_start == "none" else config.warm_start_blocks * args.seq_len
+    ranking = config.warm_start if config.method == "maskprune" else config.method
+    read = 0 if ranking in ("none", "random") else config.warm_start_blocks * args.seq_len
     if config.compensate:
         read += config.compensation_tokens or 32 * dense.ffn
     row: dict[str, Any] = {
