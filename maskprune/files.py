@@ -11,6 +11,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+# What JSON holds is for whoever reads it to know.
+JsonObject = dict[str, Any]
+
 OWN_FOLDER = "maskprune"
 FILE_LIST = "files.json"
 STOCK_NAME = re.compile(
@@ -45,7 +48,7 @@ def replace_file(path: Path, content: bytes | str) -> None:
     sync(path.parent)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """`replace_file` with indented JSON."""
     replace_file(path, json.dumps(value, indent=2) + "\n")
 

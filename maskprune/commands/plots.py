@@ -8,17 +8,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+from matplotlib.patches import Patch
+from matplotlib.ticker import (
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    PercentFormatter,
+    StrMethodFormatter,
+)
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#AA4499", "#8A8A8A"
-PRUNED = "#EDEDED"
-WIDEST = 768
+PRUNED = "#E6E6E6"
+# Units drawn side by side; more would be narrower than a few pixels, and blur on a page.
+WIDEST = 384
 STYLE: Any = {
     "font.size": 11,
     "axes.titlesize": 12,
@@ -36,51 +46,241 @@ STYLE: Any = {
     "savefig.dpi": 150,
     "figure.constrained_layout.use": True,
 }
-Trace = Sequence[Mapping[str, Any]]
+Trace = Sequence[Mapping[str, object]]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A key of the trace as a line; `reference` lines are drawn beside others only."""
+
+    key: str
+    label: str
+    colour: str
+    reference: bool = False
+    median: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Curves over the steps on one pair of axes.
+
+    log_from: draw on a log axis, on which smaller values are drawn as this one. until_lock: what
+    the lock of the shape ends, and would be flat from there. noise: a level to compare with.
+    """
+
+    title: str
+    unit: str
+    curves: tuple[Curve, ...]
+    log_from: float | None = None
+    from_zero: bool = False
+    percent: bool = False
+    until_lock: bool = False
+    noise: float | None = None
+
+
+HEADS, FFN = ("heads", BLUE), ("FFN units", GREEN)
+RESOURCE = (
+    Panel(
+        "Resource",
+        "Share of prunable weights kept",
+        (Curve("R", "R", BLUE), Curve("R_star", "R*, the budget", GREY, reference=True)),
+        until_lock=True,
+    ),
+    Panel(
+        "Split between heads and FFN",
+        "Pruned fraction r",
+        (Curve("r_head", *HEADS), Curve("r_ffn", *FFN)),
+        from_zero=True,
+        until_lock=True,
+    ),
+)
+DUALS = (
+    Panel(
+        "Dual of uniformity",
+        "y",
+        (
+            Curve("y", "y", ORANGE),
+            Curve("y_head", "y, heads", BLUE),
+            Curve("y_ffn", "y, FFN units", GREEN),
+        ),
+        until_lock=True,
+    ),
+    Panel("Dual of the budget", "z", (Curve("z", "z", PURPLE),), until_lock=True),
+)
+UNIFORMITY = (
+    Panel(
+        "Spread of the layers' FFN widths",
+        "Std. deviation of FFN widths (units)",
+        (Curve("width_spread", "over layers", BLUE),),
+        from_zero=True,
+        until_lock=True,
+    ),
+    Panel(
+        "What is left to cut",
+        "Largest mask among the pruned",
+        (Curve("residual_head", *HEADS), Curve("residual_ffn", *FFN)),
+        log_from=1e-6,
+        until_lock=True,
+    ),
+)
+LEARNING = (
+    Panel(
+        "Units moved",
+        "Share of the pruned units",
+        (Curve("moved_head", *HEADS), Curve("moved_ffn", *FFN)),
+        from_zero=True,
+        percent=True,
+        until_lock=True,
+    ),
+    Panel(
+        "How far they moved",
+        "Mean distance, of a layer's units",
+        (Curve("moved_rank_head", *HEADS), Curve("moved_rank_ffn", *FFN)),
+        from_zero=True,
+        percent=True,
+        until_lock=True,
+    ),
+    Panel(
+        "Signal of gradients",
+        "Signal to noise",
+        (Curve("signal_head", *HEADS), Curve("signal_ffn", *FFN)),
+        from_zero=True,
+        noise=0.45,
+    ),
+)
+SETTLING = (
+    Panel(
+        "How sure the masks are",
+        "Probability, mean over groups",
+        (Curve("max_prob", "most likely candidate", BLUE),),
+        from_zero=True,
+    ),
+    Panel(
+        "How restless the masks are",
+        "Share of groups that changed",
+        (Curve("changed", "since the last logged step", ORANGE),),
+        from_zero=True,
+    ),
+)
+LOSSES = (
+    Panel(
+        "Training loss",
+        "Loss (nats per token)",
+        (
+            Curve("loss", "loss", BLUE, median=True),
+            Curve("kl", "KL to the unpruned model", ORANGE, median=True),
+            Curve("layer", "hidden-state MSE, sum over layers (no unit)", GREEN, median=True),
+        ),
+        log_from=1e-3,
+    ),
+)
 
 
 def series(trace: Trace, key: str) -> tuple[np.ndarray, np.ndarray]:
     """(steps, values) of the rows of a trace that have a finite number under `key`."""
     rows = [
-        (row["step"], float(row[key]))
+        (row["step"], float(value))
         for row in trace
-        if isinstance(row.get(key), int | float) and math.isfinite(row[key]) and "step" in row
+        if isinstance(value := row.get(key), int | float) and math.isfinite(value) and "step" in row
     ]
     steps, values = zip(*rows, strict=True) if rows else ((), ())
     return np.asarray(steps), np.asarray(values)
 
 
-def has(trace: Trace, *keys: str) -> bool:
-    """Whether any of `keys` has at least two points to draw."""
-    return any(len(series(trace, key)[0]) > 1 for key in keys)
+def lines(trace: Trace, panel: Panel) -> list[tuple[Curve, np.ndarray, np.ndarray]]:
+    """The curves of a panel that say something, with (steps, values): points that differ.
+
+    A curve that repeats another one of the panel is left out too.
+    """
+    if panel.until_lock and (lock := _lock(trace)) is not None:
+        trace = trace[: lock + 1]
+    found: list[tuple[Curve, np.ndarray, np.ndarray]] = []
+    for curve in panel.curves:
+        steps, values = series(trace, curve.key)
+        flat = len(steps) < 3 or np.ptp(values) == 0
+        again = any(np.array_equal(values, other) for _, _, other in found)
+        if (curve.reference and found and len(steps)) or not (flat or again):
+            found.append((curve, steps, values))
+    return found
+
+
+def _lock(trace: Trace) -> int | None:
+    """The first row with a final shape."""
+    return next((at for at, row in enumerate(trace) if row.get("locked")), None)
+
+
+def curves(trace: Trace, panels: Sequence[Panel]) -> Figure | None:
+    """Panels side by side, those without a curve left out; None where there is none at all."""
+    drawn = [(panel, found) for panel in panels if (found := lines(trace, panel))]
+    if not drawn:
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10 if len(drawn) > 2 else 9, 3.6))
+        axes = np.atleast_1d(figure.subplots(1, len(drawn)))
+        for axis, (panel, found) in zip(axes, drawn, strict=True):
+            _draw(axis, panel, found)
+            # At the end of a panel that the lock ends, the line would say nothing.
+            if (lock := _lock(trace)) and not panel.until_lock:
+                steps, _ = series(trace, "step")
+                axis.axvline(steps[lock], color=GREY, lw=1, ls=":", label="shape final", zorder=0)
+            if len(axis.get_legend_handles_labels()[0]) > 1:
+                axis.legend()
+            axis.margins(x=0.01)
+    return figure
+
+
+def _draw(axis: Axes, panel: Panel, found: Sequence[tuple[Curve, np.ndarray, np.ndarray]]) -> None:
+    for curve, steps, values in found:
+        if panel.log_from is not None:
+            values = np.maximum(values, panel.log_from)
+        style = "--" if curve.reference else "-"
+        if curve.median:
+            axis.plot(steps, values, color=curve.colour, alpha=0.25, lw=1)
+            values = _running_median(values)
+        axis.plot(steps, values, style, color=curve.colour, label=curve.label)
+    axis.set(xlabel="Step", ylabel=panel.unit, title=panel.title)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    if panel.noise is not None:
+        axis.axhline(panel.noise, color=GREY, lw=1.2, ls="--", label="noise alone")
+    if panel.from_zero:
+        axis.set_ylim(0, None)
+    if panel.percent:
+        axis.yaxis.set_major_formatter(PercentFormatter(1))
+    if panel.log_from is not None:
+        _log(axis)
+
+
+def is_binary(mask: np.ndarray) -> bool:
+    """Whether every mask is 0 or 1."""
+    return bool(np.isin(mask, (0, 1)).all())
 
 
 def heatmap(mask: np.ndarray, unit: str) -> Figure:
     """Mask values by layer and unit (Figures 7 and 8); pruned units in light grey.
 
-    Few units are drawn where they lie, with their values. Many are drawn twice: where they lie
-    (neighbours averaged if they are finer than the picture), and sorted, which shows the width.
+    Few units are drawn where they lie, with their values. Of many, every n-th is drawn where it
+    lies; where masks are more than 0 and 1, all are drawn a second time, sorted.
 
     Args:
         mask: (L, N) in [0, 1].
         unit: what a column is, in the plural.
     """
     layers, units = mask.shape
-    few = units <= 64
-    height = 1.2 + 0.17 * min(layers, 40)
+    every, binary = -(-units // WIDEST), is_binary(mask)
+    panels = [(mask[:, ::every], _every(every, unit))]
+    if units > 64 and not binary:
+        panels.append((-np.sort(-mask, axis=1), "All of them, sorted within each layer"))
+    height = max(2.4, 1.4 + 0.17 * min(layers, 40))
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):
-        figure = Figure(figsize=(9, height if few else 2 * height))
-        panels = [(_pooled(mask), f"Masks of {unit}")]
-        if not few:
-            panels.append((-np.sort(-mask, axis=1), "The same, sorted within each layer"))
+        figure = Figure(figsize=(9, len(panels) * height))
         axes = np.atleast_1d(figure.subplots(len(panels), 1))
         colours = matplotlib.colormaps["cividis"].with_extremes(under=PRUNED)
         for axis, (values, title) in zip(axes, panels, strict=True):
             image = axis.imshow(
                 values,
                 aspect="auto",
-                cmap=colours,
-                vmin=1e-6,
+                cmap=ListedColormap([PRUNED, BLUE]) if binary else colours,
+                vmin=0 if binary else 1e-6,
                 vmax=1.0,
                 interpolation="nearest",
                 extent=(-0.5, units - 0.5, layers - 0.5, -0.5),
@@ -88,21 +288,24 @@ def heatmap(mask: np.ndarray, unit: str) -> Figure:
             axis.set(xlabel=unit[0].upper() + unit[1:], ylabel="Layer", title=title)
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.yaxis.set_major_locator(MaxNLocator(integer=True))
-        bar = figure.colorbar(
-            image, ax=list(axes), pad=0.015, extend="min", extendfrac=0.03, aspect=30
-        )
-        bar.set_label("Mask value (grey: pruned)")
-        if units <= 16:
-            _write_values(axes[0], mask)
+        if binary:
+            patches = [Patch(color=BLUE, label="kept: 1"), Patch(color=PRUNED, label="pruned: 0")]
+            figure.legend(handles=patches, loc="outside lower right", ncols=2)
+        else:
+            bar = figure.colorbar(
+                image, ax=list(axes), pad=0.015, extend="min", extendfrac=0.03, aspect=30
+            )
+            bar.set_label("Mask value (grey: pruned)")
+            if units <= 16:
+                _write_values(axes[0], mask)
     return figure
 
 
-def _pooled(mask: np.ndarray) -> np.ndarray:
-    layers, units = mask.shape
-    if units <= WIDEST:
-        return mask
-    edges = np.linspace(0, units, WIDEST + 1).astype(int)[:-1]
-    return np.add.reduceat(mask, edges, axis=1) / np.diff([*edges, units])
+def _every(n: int, unit: str) -> str:
+    if n == 1:
+        return f"Masks of {unit}"
+    ending = {1: "st", 2: "nd", 3: "rd"}.get(n % 10 if n // 10 % 10 != 1 else 0, "th")
+    return f"Masks of {unit}, every {n}{ending} drawn"
 
 
 def _write_values(axis: Axes, mask: np.ndarray) -> None:
@@ -133,8 +336,7 @@ def histogram(mask: np.ndarray, unit: str) -> Figure:
         left.set_title("All layers")
         right.grid(False)
         shown = np.where(per_layer > 0, per_layer * 100, np.nan)
-        linear = matplotlib.colors.Normalize(0, 100)
-        norm = linear if few else matplotlib.colors.LogNorm(np.nanmin(shown), 100)
+        norm = Normalize(0, 100) if few else LogNorm(np.nanmin(shown), 100)
         image = right.pcolormesh(
             edges, np.arange(layers + 1) - 0.5, shown, cmap="cividis_r", norm=norm
         )
@@ -172,122 +374,6 @@ def kept_units(kinds: Mapping[str, tuple[np.ndarray, int]]) -> Figure:
             *axes[0].get_legend_handles_labels(), loc="outside lower right", ncols=2, reverse=True
         )
     return figure
-
-
-def resource(trace: Trace) -> Figure:
-    """The resource R against its budget R*, and the pruned fraction of each kind, over steps."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9, 3.6))
-        left, right = figure.subplots(1, 2)
-        _line(left, trace, "R", BLUE, "R")
-        _line(left, trace, "R_star", GREY, "R*, the budget", ls="--")
-        left.set(xlabel="Step", ylabel="Share of prunable weights kept")
-        left.set_title("Resource")
-        _line(right, trace, "r_head", BLUE, "heads")
-        _line(right, trace, "r_ffn", GREEN, "FFN units")
-        right.set(xlabel="Step", ylabel="Pruned fraction r", ylim=(0, None))
-        right.set_title("Split between heads and FFN")
-        _finish(trace, left, right)
-    return figure
-
-
-def duals(trace: Trace) -> Figure:
-    """The dual variables: y (uniformity, one or one per kind) and z (budget), over steps."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9, 3.4))
-        left, right = figure.subplots(1, 2)
-        for key, colour, label in (
-            ("y", ORANGE, "y"),
-            ("y_head", BLUE, "y, heads"),
-            ("y_ffn", GREEN, "y, FFN units"),
-        ):
-            _line(left, trace, key, colour, label)
-        left.set(xlabel="Step", ylabel="y")
-        left.set_title("Dual of uniformity")
-        _line(right, trace, "z", PURPLE, "z")
-        right.set(xlabel="Step", ylabel="z")
-        right.set_title("Dual of the budget")
-        _finish(trace, left, right)
-    return figure
-
-
-def losses(trace: Trace) -> Figure:
-    """The training loss and its parts over steps, with a running median."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9, 3.8))
-        axis = figure.subplots()
-        for key, colour, label in (
-            ("loss", BLUE, "loss"),
-            ("kl", ORANGE, "KL to the unpruned model, per token"),
-            ("layer", GREEN, "hidden-state MSE, sum over layers"),
-        ):
-            steps, values = series(trace, key)
-            if len(steps) < 2:
-                continue
-            axis.plot(steps, values, color=colour, alpha=0.25, lw=1)
-            axis.plot(steps, _running_median(values), color=colour, label=label)
-        positive = all((series(trace, k)[1] > 0).all() for k in ("loss", "kl", "layer"))
-        axis.set(xlabel="Step", ylabel="Loss (nats; MSE without unit)")
-        if positive:
-            _log(axis)
-        axis.set_title("Training loss")
-        _finish(trace, axis)
-    return figure
-
-
-def uniformity(trace: Trace) -> Figure:
-    """Spread of the layers' FFN widths (Figure 6) and the largest pruned mask, over steps."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9, 3.6))
-        left, right = figure.subplots(1, 2)
-        _line(left, trace, "width_spread", BLUE, "over layers")
-        left.set(xlabel="Step", ylabel="Std. deviation of FFN widths (units)", ylim=(0, None))
-        left.set_title("Spread of the layers' FFN widths")
-        for key, colour, label in (
-            ("residual_head", BLUE, "heads"),
-            ("residual_ffn", GREEN, "FFN units"),
-        ):
-            steps, values = series(trace, key)
-            if len(steps) > 1:
-                # Zero has no place on a log axis: below 1e-6 counts as gone.
-                right.plot(steps, np.maximum(values, 1e-6), color=colour, label=label)
-        right.set(xlabel="Step", ylabel="Largest mask among the pruned")
-        _log(right)
-        right.set_title("What is left to cut")
-        _finish(trace, left, right)
-    return figure
-
-
-def settling(trace: Trace) -> Figure:
-    """How sure 2:4 masks are of their choice, and how many change it (MaskLLM, Figure 5)."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9, 3.6))
-        left, right = figure.subplots(1, 2)
-        _line(left, trace, "max_prob", BLUE, "most likely candidate")
-        left.set(xlabel="Step", ylabel="Probability, mean over groups", ylim=(0, 1.02))
-        left.set_title("How sure the masks are")
-        _line(right, trace, "changed", ORANGE, "since the last logged step")
-        right.set(xlabel="Step", ylabel="Share of groups that changed", ylim=(0, None))
-        right.set_title("How restless the masks are")
-        _finish(trace, left, right)
-    return figure
-
-
-def _line(axis: Axes, trace: Trace, key: str, colour: str, label: str, **style: Any) -> None:
-    steps, values = series(trace, key)
-    if len(steps) > 1:
-        axis.plot(steps, values, color=colour, label=label, **style)
-
-
-def _finish(trace: Trace, *axes: Axes) -> None:
-    """Mark where the shape was locked, and name the lines where there are several."""
-    locked = [row["step"] for row in trace if row.get("locked") and "step" in row]
-    for axis in axes:
-        if locked and axis.lines:
-            axis.axvline(locked[0], color=GREY, lw=1, ls=":", label="shape locked", zorder=0)
-        if len(axis.get_legend_handles_labels()[0]) > 1:
-            axis.legend()
-        axis.margins(x=0.01)
 
 
 def _log(axis: Axes) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from maskprune.files import own_file, replace_file
+import numpy as np
+
+from maskprune.files import JsonObject, own_file, replace_file
 from maskprune.hf.model_card import SHAPE_ROWS, model_card, number
 
 if TYPE_CHECKING:
@@ -20,6 +23,13 @@ if TYPE_CHECKING:
 
 __all__ = ["model_card", "read_info", "read_trace", "report"]
 DPI = 150
+MOVED = "Moved: pruned units that the first masks, those of the ranking, would have kept."
+QUALITY_ROWS = (("ppl", "perplexity"),)
+SPEED_ROWS = (
+    ("flops_per_token", "FLOPs per token"),
+    ("prefill_tokens_per_s", "prefill, tokens/s"),
+    ("decode_tokens_per_s", "decode, tokens/s"),
+)
 PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -69,8 +79,8 @@ def report(run_dir: str | Path) -> Path:
     name = str(info.get("model") or (masks.source if masks else "") or run.absolute().name)
     title = f"{Path(name).name}, pruned by maskprune"
     body = [f"<h1>{escape(title)}</h1>", f'<p class="lead">{escape(_lead(info, trace))}</p>']
-    body += _shape_tables(info, masks)
-    for stem, heading, caption, figure in _sections(trace, masks):
+    body += [*_changed(info, masks, trace), *_learned(info, trace)]
+    for stem, heading, caption, figure in _sections(info, trace, masks):
         image = _png(figure)
         replace_file(run / "report" / f"{stem}.png", image)
         source = f"data:image/png;base64,{base64.b64encode(image).decode()}"
@@ -84,7 +94,7 @@ def report(run_dir: str | Path) -> Path:
     return path
 
 
-def read_info(run: Path) -> dict[str, Any]:
+def read_info(run: Path) -> JsonObject:
     """maskprune.json of a run; empty where there is none."""
     path = own_file(run, "maskprune.json")
     if not path.is_file():
@@ -98,7 +108,7 @@ def read_info(run: Path) -> dict[str, Any]:
     return info
 
 
-def read_trace(run: Path) -> list[dict[str, Any]]:
+def read_trace(run: Path) -> list[JsonObject]:
     """Rows of trace.jsonl in order; empty where there is none. A last line cut off is dropped."""
     path = own_file(run, "trace.jsonl")
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
@@ -127,9 +137,9 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _lead(info: Mapping[str, Any], trace: Sequence[Mapping[str, Any]]) -> str:
+def _lead(info: JsonObject, trace: Sequence[JsonObject]) -> str:
     parts = [str(info["method"])] if info.get("method") else []
-    settings = {**info.get("settings", {}), **info}
+    settings = {**(info.get("settings") or {}), **info}
     if isinstance(settings.get("sparsity"), int | float):
         parts.append(f"sparsity {settings['sparsity']:.0%}")
     if trace:
@@ -142,24 +152,113 @@ def _lead(info: Mapping[str, Any], trace: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(parts)
 
 
+def _changed(info: JsonObject, masks: Masks | None, trace: Sequence[JsonObject]) -> Iterator[str]:
+    """What the run made of the model: sizes, quality and proof, and what training was good for."""
+    dense = dict(info.get("dense") or (vars(masks.shape) if masks else {}))
+    pruned = dict(info.get("pruned") or info.get("shape") or {})
+    perplexity = info.get("perplexity") or {}
+    if perplexity:
+        dense["ppl"], pruned["ppl"] = perplexity["dense"], perplexity["pruned"]
+    rows = [
+        (
+            label,
+            number(dense.get(key, "")),
+            number(pruned[key]),
+            _change(dense.get(key), pruned[key]),
+        )
+        for key, label in (*QUALITY_ROWS, *SHAPE_ROWS, *SPEED_ROWS)
+        if key in pruned
+    ]
+    said = []
+    if info.get("weights_masked"):
+        said.append(
+            f"Two of every four weights are zero in {info.get('linears')} linears: "
+            f"{number(info['weights_masked'])} of {number(info.get('parameters'))} parameters."
+        )
+    if perplexity:
+        window = f", windows of {perplexity['seq_len']}" if perplexity.get("seq_len") else ""
+        said.append(f"Perplexity is of {perplexity.get('data', 'held-out text')}{window}.")
+    elif pruned:
+        said.append("Perplexity was not measured: `maskprune eval` does, of both models.")
+    if proof := info.get("logits_masked_against_exported"):
+        said.append(
+            f"The checkpoint's logits differ from the masked model's by at most "
+            f"{proof['largest']:.1e}, of a largest logit of {proof['largest_logit']:.1f}, over "
+            f"{number(proof['tokens'])} tokens."
+        )
+    said += [text for text in (_after_lock(trace),) if text]
+    if rows or said:
+        yield "<h2>What changed</h2>"
+    if rows:
+        yield _table(("", "before", "after", "change"), rows)
+    yield from (f"<p>{escape(text)}</p>" for text in said)
+
+
+def _change(before: object, after: object) -> str:
+    if not isinstance(before, int | float) or not isinstance(after, int | float) or not before:
+        return ""
+    return "same" if before == after else f"{after / before - 1:+.1%}"
+
+
+def _after_lock(trace: Sequence[JsonObject]) -> str | None:
+    """Whether training helped once the shape was final, judged against the batches' noise."""
+    # The loss of the step that made the shape final is of the masks before.
+    rows = [r for r in trace if r.get("locked") and isinstance(r.get("loss"), int | float)][1:]
+    if len(rows) < 8:
+        return None
+    values = np.array([row["loss"] for row in rows])
+    part = max(3, len(rows) // 5)
+    first, last = np.median(values[:part]), np.median(values[-part:])
+    # A step's spread from its neighbours; a median of n has about 1.25 / sqrt(n) of it.
+    spread = np.median(np.abs(np.diff(values))) / (0.6745 * math.sqrt(2))
+    noise = 1.25 * spread * math.sqrt(2 / part)
+    if not math.isfinite(first - last):
+        return None
+    if abs(first - last) <= 3 * noise:
+        verdict = "no more than batches differ, so whether it helped cannot be told"
+    else:
+        verdict = "so it helped" if last < first else "so it did harm"
+    return (
+        f"Training after the shape was final (steps {rows[0]['step']} to {rows[-1]['step']}) took "
+        f"the loss from {first:.3f} to {last:.3f}, {verdict}."
+    )
+
+
+def _learned(info: JsonObject, trace: Sequence[JsonObject]) -> Iterator[str]:
+    """How far the masks left the ranking that they began with, and what drove them."""
+    ranked = (info.get("settings") or {}).get("warm_start") != "none"
+    rows = []
+    for kind, unit in (("head", "head units"), ("ffn", "FFN units")):
+        signals = [row[f"signal_{kind}"] for row in trace if row.get(f"signal_{kind}") is not None]
+        last = next((row for row in reversed(trace) if row.get(f"moved_{kind}") is not None), None)
+        if last is not None and (last.get(f"r_{kind}") or signals):
+            moved = [f"{last[f'moved_{kind}']:.2%}", f"{last[f'moved_rank_{kind}']:.2%}"]
+            signal = f"{np.median(signals):.2f}" if signals else ""
+            rows.append((unit, *(moved if ranked else ()), signal))
+    if rows:
+        yield "<h2>What the masks learned</h2>"
+        yield (
+            f"<p>{escape(MOVED) + ' ' if ranked else ''}Signal: the squared mean of a mask's "
+            "gradient over the variance of that mean; noise alone gives about 0.45.</p>"
+        )
+        moved = ["moved", "how far, of a layer's units"] if ranked else []
+        yield _table(("", *moved, "signal, median over the steps"), rows)
+
+
 def _sections(
-    trace: list[dict[str, Any]], masks: Masks | None
+    info: JsonObject, trace: Sequence[JsonObject], masks: Masks | None
 ) -> Iterator[tuple[str, str, str, Figure]]:
-    """(file name, heading, caption, figure) of everything that the run has data for."""
+    """(file name, heading, caption, figure) of everything that the run has something to show of."""
     from maskprune.commands import plots
 
-    against = (
-        "The loss that was fitted, without the reward for kept weights"
-        if plots.has(trace, "max_prob")
-        else "Against the unpruned model on the same tokens"
-    )
+    # One column per unit that is cut, one row per layer, for both units of head pruning.
+    kinds = {}
     if masks is not None:
-        # One column per unit that is cut, one row per layer, for both units of head pruning.
-        layers = masks.shape.layers
-        kinds = {"FFN units": masks.ffn.detach().numpy()}
-        if masks.head.numel():
-            unit = "KV groups" if masks.head_unit == "kv_group" else "query heads"
-            kinds = {unit: masks.head.detach().numpy().reshape(layers, -1)} | kinds
+        unit = "KV groups" if masks.head_unit == "kv_group" else "query heads"
+        heads = masks.head.detach().numpy().reshape(masks.shape.layers, -1)
+        kinds = {unit: heads, "FFN units": masks.ffn.detach().numpy()}
+        kinds = {unit: mask for unit, mask in kinds.items() if mask.size and (mask < 1).any()}
+    if kinds:
         kept = {unit: ((mask > 0).sum(1), mask.shape[1]) for unit, mask in kinds.items()}
         uniform = all(len(set(counts.tolist())) == 1 for counts, _ in kept.values())
         yield (
@@ -170,78 +269,82 @@ def _sections(
             else "The layers differ: these masks are not final, and cannot be exported.",
             plots.kept_units(kept),
         )
-        for unit, mask in kinds.items():
-            inside = float(((mask > 0) & (mask < 0.99)).mean() / max((mask > 0).mean(), 1e-9))
-            stem = "ffn" if unit == "FFN units" else "head"
-            yield (
-                f"{stem}_heatmap",
-                f"Masks of {unit}, by layer",
-                f"{inside:.0%} of the {unit} kept have a mask below 0.99: they are scaled, and "
-                "the scale is folded into the weights.",
-                plots.heatmap(mask, unit),
-            )
+    for unit, mask in kinds.items():
+        binary = plots.is_binary(mask)
+        inside = float(((mask > 0) & (mask < 0.99)).mean() / max((mask > 0).mean(), 1e-9))
+        stem = "ffn" if unit == "FFN units" else "head"
+        yield (
+            f"{stem}_heatmap",
+            f"Masks of {unit}, by layer",
+            "Every mask is 0 or 1: units are kept as they are, or gone."
+            if binary
+            else f"{inside:.0%} of the {unit} kept have a mask below 0.99: they are scaled, and "
+            "the scale is folded into the weights.",
+            plots.heatmap(mask, unit),
+        )
+        if not binary:
             yield (
                 f"{stem}_histogram",
                 f"Distribution of the masks of {unit}",
                 "How often each value occurs; the column at 0 is what was pruned.",
                 plots.histogram(mask, unit),
             )
-    for keys, make, stem, heading, caption in (
+    settings = info.get("settings") or {}
+    two_four = any("max_prob" in row for row in trace)
+    against = (
+        "The loss that was fitted, without the reward for kept weights"
+        if two_four
+        else "How far the model is from the unpruned one on the same tokens: KL, and where it is "
+        "asked for the error of hidden states"
+    )
+    for panels, stem, heading, caption in (
         (
-            ("R", "r_head", "r_ffn"),
-            plots.resource,
+            plots.LOSSES,
+            "losses",
+            "Losses",
+            f"{against}. Thin: each logged step; thick: a running median.",
+        ),
+        (
+            plots.RESOURCE,
             "resource",
             "On the way to the budget",
             "R is the share of attention and FFN weights kept, R* what was asked for. The split "
             "between heads and FFN units is learned.",
         ),
         (
-            ("y", "y_head", "y_ffn", "z"),
-            plots.duals,
+            plots.UNIFORMITY,
+            "uniformity",
+            "How uniform the layers are",
+            "How far the layers' FFN widths differ, and the largest mask among the units to be "
+            "pruned; what is left of it at the end is cut.",
+        ),
+        (
+            # Masks that begin equal have no ranking to leave.
+            plots.LEARNING[2:] if settings.get("warm_start") == "none" else plots.LEARNING,
+            "learning",
+            "What the masks learn",
+            "Pruned units that the first masks would have kept, how far those stood from the cut, "
+            "and the signal of the masks' gradients, see the table above.",
+        ),
+        (
+            plots.DUALS,
             "duals",
             "Dual variables",
             "y presses the masks of pruned units to 0 in every layer alike, z presses R to R*.",
         ),
         (
-            ("width_spread", "residual_head", "residual_ffn"),
-            plots.uniformity,
-            "uniformity",
-            "How uniform the layers are",
-            "Left: how far the layers' FFN widths differ. Right: the largest mask among the units "
-            "to be pruned; what is left of it at the end is cut.",
-        ),
-        (
-            ("max_prob", "changed"),
-            plots.settling,
+            plots.SETTLING,
             "settling",
             "How the 2:4 masks settle",
-            "Left: the probability of the most likely candidate of a group, without noise. Right: "
-            "the share of groups whose most likely candidate is another than a logged step before.",
-        ),
-        (
-            ("loss", "kl", "layer"),
-            plots.losses,
-            "losses",
-            "Losses",
-            f"{against}. Thin: each logged step; thick: a running median.",
+            "The probability of the most likely candidate of a group, without noise, and the share "
+            "of groups whose most likely candidate is another than a logged step before.",
         ),
     ):
-        if plots.has(trace, *keys):
-            yield stem, heading, caption, make(trace)
+        if figure := plots.curves(trace, panels):
+            yield stem, heading, caption, figure
 
 
-def _shape_tables(info: Mapping[str, Any], masks: Masks | None) -> list[str]:
-    dense = info.get("dense") or (vars(masks.shape) if masks else {})
-    pruned = info.get("pruned") or info.get("shape") or {}
-    rows = [
-        (label, number(dense.get(key, "")), number(pruned.get(key, "")))
-        for key, label in SHAPE_ROWS
-        if key in pruned or key in dense
-    ]
-    return [_table(("", "before", "after"), rows)] if pruned and rows else []
-
-
-def _details(info: Mapping[str, Any]) -> list[str]:
+def _details(info: JsonObject) -> list[str]:
     """Everything else of maskprune.json, folded away; the trace has its plots."""
     out = []
     plain: list[tuple[str, str]] = []

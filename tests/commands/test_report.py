@@ -44,8 +44,8 @@ def trace_of(steps=40):
         {
             "step": t,
             "loss": 1.0 + 1 / (t + 1),
-            "kl": 0.5,
-            "layer": 2.0,
+            "kl": 1.0 + 1 / (t + 1),
+            "layer": 0.0,
             "R": max(0.8, 1 - 0.01 * t),
             "R_star": 0.8,
             "y": 0.025 + 0.01 * t,
@@ -54,7 +54,13 @@ def trace_of(steps=40):
             "r_ffn": 0.01 * t,
             "residual_head": 0.9**t,
             "residual_ffn": 0.0,
-            "width_spread": 3.0,
+            "width_spread": 3.0 / (t + 1),
+            "moved_head": 0.0,
+            "moved_rank_head": 0.0,
+            "signal_head": 0.5,
+            "moved_ffn": 0.001 * min(t, 20),
+            "moved_rank_ffn": 0.002 * min(t, 20),
+            "signal_ffn": 1.0 + 0.01 * t,
             "tokens_per_s": 1000.0,
             "locked": t >= 20,
         }
@@ -102,7 +108,7 @@ def test_the_page_holds_every_picture_drawn_and_needs_nothing_else(run):
     files = sorted(p.stem for p in (run / "report").glob("*.png"))
     assert files == sorted(
         ["kept", "head_heatmap", "head_histogram", "ffn_heatmap", "ffn_histogram"]
-        + ["resource", "duals", "uniformity", "losses"]
+        + ["resource", "duals", "uniformity", "losses", "learning"]
     )
     assert page.tags.count("img") == len(files)
     assert all(link.startswith("data:image/png;base64,") for link in page.links)
@@ -132,7 +138,7 @@ def test_a_run_in_progress_has_a_page(run):
     with (run / "trace.jsonl").open("a") as file:
         file.write('{"step": 40, "lo')
     page = Page(report(run).read_text(encoding="utf-8"))
-    assert page.tags.count("img") == 4
+    assert page.tags.count("img") == 5
     assert len(read_trace(run)) == 40
 
 
@@ -149,7 +155,7 @@ def test_a_trace_without_some_keys_or_with_nan_has_a_page(run):
     report(run)
     steps, values = plots.series(rows, "loss")
     assert steps.tolist() == [0, 1, 2, 4, 5] and set(values) == {1.0}
-    assert not plots.has(rows, "R", "kl")
+    assert plots.curves(rows, plots.LOSSES) is None and plots.curves(rows, plots.RESOURCE) is None
 
 
 def test_what_is_no_run_is_an_error(tmp_path, run):
@@ -177,12 +183,87 @@ def test_masks_of_every_size_are_drawn(mask):
         figure.savefig("/dev/null", format="png", dpi=20)
 
 
-def test_a_wide_mask_is_averaged_and_no_unit_is_lost():
-    mask = np.random.default_rng(0).random((2, 1536))
-    pooled = plots._pooled(mask)
-    assert pooled.shape == (2, plots.WIDEST)
-    assert pooled == pytest.approx(mask.reshape(2, plots.WIDEST, 2).mean(2))
-    assert plots._pooled(np.ones((2, 1000))) == pytest.approx(np.ones((2, plots.WIDEST)))
+def test_a_wide_mask_is_drawn_in_values_that_it_has():
+    mask = (np.random.default_rng(0).random((2, 1536)) > 0.5).astype(float)
+    (axis,) = plots.heatmap(mask, "units").axes
+    shown = axis.images[0].get_array()
+    assert axis.get_title(loc="left") == "Masks of units, every 4th drawn"
+    assert np.array_equal(shown, mask[:, ::4])
+    assert set(np.unique(axis.images[0].cmap(shown).reshape(-1, 4), axis=0)[:, 0]) == {
+        int(colour[1:3], 16) / 255 for colour in (plots.PRUNED, plots.BLUE)
+    }
+
+
+def test_masks_of_0_and_1_and_kinds_that_lost_nothing_have_no_histogram(run):
+    masks = masks_of()
+    masks.head.data.fill_(1.0)
+    masks.ffn.data.copy_((masks.ffn > 0).float())
+    masks.save(run / "masks.safetensors")
+    text = report(run).read_text(encoding="utf-8")
+    assert "Every mask is 0 or 1: units are kept as they are, or gone." in text
+    assert "Distribution of" not in text and "KV groups" not in text
+
+
+def drawn(panels, trace):
+    return {p.title: [c.label for c, _, _ in plots.lines(trace, p)] for p in panels}
+
+
+def test_curves_that_say_nothing_are_left_out():
+    trace = trace_of()
+    assert drawn(plots.LOSSES, trace) == {"Training loss": ["loss"]}
+    assert drawn(plots.RESOURCE, trace)["Resource"] == ["R", "R*, the budget"]
+    assert drawn(plots.UNIFORMITY, trace)["What is left to cut"] == ["heads"]
+    assert drawn(plots.LEARNING, trace) == {
+        "Units moved": ["FFN units"],
+        "How far they moved": ["FFN units"],
+        "Signal of gradients": ["FFN units"],
+    }
+    _, steps, _ = plots.lines(trace, plots.RESOURCE[0])[0]
+    assert steps[-1] == 20  # What the lock ends is drawn until the lock.
+    assert plots.curves(trace[20:], plots.RESOURCE) is None
+
+
+def test_the_page_begins_with_what_changed(run):
+    info = json.loads((run / "maskprune.json").read_text())
+    info["dense"] = {"ffn": 96, "heads": 6, "parameters": 2_000_000}
+    info["pruned"] = {"ffn": 64, "heads": 6, "parameters": 1_500_000}
+    info["perplexity"] = {"data": "held-out text", "seq_len": 256, "dense": 20.0, "pruned": 30.0}
+    info["logits_masked_against_exported"] = {"largest": 1e-4, "largest_logit": 30.0, "tokens": 9}
+    (run / "maskprune.json").write_text(json.dumps(info))
+    text = Page(report(run).read_text(encoding="utf-8")).text
+    text = text[text.index("What changed") :]
+    assert "beforeafterchangeperplexity2030+50.0%" in text
+    assert "query heads66same" in text and "parameters2,000,0001,500,000-25.0%" in text
+    assert "Perplexity is of held-out text, windows of 256." in text
+    assert "differ from the masked model's by at most 1.0e-04, of a largest logit of 30.0" in text
+    assert (
+        text.index("parameters") < text.index("What the masks learned") < text.index("Units kept")
+    )
+    assert "FFN units2.00%4.00%1.19" in text and "head units0.00%0.00%0.50" in text
+
+
+def test_a_run_without_a_ranking_has_nothing_moved(run):
+    info = json.loads((run / "maskprune.json").read_text())
+    info["settings"]["warm_start"] = "none"
+    (run / "maskprune.json").write_text(json.dumps(info))
+    text = Page(report(run).read_text(encoding="utf-8")).text
+    assert "would have kept" not in text.partition("Units kept")[0] and "FFN units1.19" in text
+
+
+@pytest.mark.parametrize(
+    "loss, verdict",
+    [
+        (lambda t: 2.0 - 0.02 * t, "so it helped"),
+        (lambda t: 1.0 + 0.02 * t, "so it did harm"),
+        (lambda t: 1.0 + 0.3 * (t % 2), "whether it helped cannot be told"),
+    ],
+)
+def test_the_page_says_whether_training_after_the_lock_helped(run, loss, verdict):
+    rows = [row | {"loss": loss(row["step"])} for row in trace_of()]
+    (run / "trace.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert verdict in report(run).read_text(encoding="utf-8")
+    (run / "trace.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:25]))
+    assert "Training after" not in report(run).read_text(encoding="utf-8")
 
 
 def test_query_head_masks_have_a_row_a_layer(run):
