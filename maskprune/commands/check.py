@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from maskprune.files import own_file
+from maskprune.files import OWN_FOLDER, JsonObject, own_file
 from maskprune.hf.checkpoint_files import stock_config
 
 
@@ -75,15 +75,7 @@ def check(
             f"uniform: {shape}",
             f"{shape.heads} heads do not divide into {shape.kv_heads} KV heads",
         )
-        expected = stock_config(config)
-        # What transformers 4 reads, and vLLM where the head count is not hidden / head size.
-        wanted = [k for k in ("head_dim", "rope_theta", "torch_dtype") if k in expected]
-        missing = [k for k in wanted if raw.get(k) != expected[k]]
-        found.say(
-            not missing,
-            "config reads the same in transformers 4 and 5",
-            f"config.json lacks or contradicts {missing}; transformers 4 would read another model",
-        )
+        _check_fields(raw, stock_config(config), folder, found)
         sizes = ", ".join(map(str, tp_sizes(shape)))
         found.notes.append(f"tensor-parallel sizes: {sizes}")
         asked = targets or "vllm,gguf,awq128"
@@ -103,6 +95,30 @@ def check(
     elif masks_file is not None:
         raise ValueError("--masks needs --against MODEL, the model that the masks belong to")
     return found
+
+
+def _check_fields(raw: JsonObject, expected: JsonObject, folder: Path, found: Findings) -> None:
+    """Whether transformers 4 reads config.json as 5 does, and vLLM where the head size is given.
+
+    A missing field is a fault of ours alone: transformers 5 does not write them all.
+    """
+    wanted = [k for k in ("head_dim", "rope_theta", "torch_dtype") if k in expected]
+    missing = [k for k in wanted if k not in raw]
+    wrong = [k for k in wanted if k in raw and raw[k] != expected[k]]
+    text = (
+        f"config.json has no {', '.join(missing)}, as transformers 5 writes it: transformers before "
+        "5.0, and engines that read the field, take a default in place of "
+        f"{', '.join(str(expected[k]) for k in missing)}"
+    )
+    if missing and not (folder / OWN_FOLDER).is_dir():
+        found.notes.append(text)
+    elif missing:
+        found.bad.append(text)
+    if wrong:
+        said = ", ".join(f"{k} {raw[k]} where transformers 5 reads {expected[k]}" for k in wrong)
+        found.bad.append(f"config.json contradicts itself: {said}")
+    elif not missing:
+        found.good.append("config reads the same in transformers 4 and 5")
 
 
 def _is_two_four(model: Any) -> bool:

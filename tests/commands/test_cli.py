@@ -118,6 +118,25 @@ def test_check_finds_weights_that_are_not_the_models(pruned, tmp_path, capsys):
     assert "FAIL  tensors that are not the model's: masks.safetensors" in capsys.readouterr().out
 
 
+def test_check_notes_what_a_checkpoint_of_transformers_5_lacks_for_4(
+    place, pruned, tmp_path, capsys
+):
+    assert main(["check", str(place / "model")]) == 0
+    said = capsys.readouterr().out
+    assert "note  config.json has no rope_theta" in said and "transformers before 5.0" in said
+
+    copy = tmp_path / "copy"
+    shutil.copytree(pruned, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"rope_theta": 7.0}))
+    assert main(["check", str(copy)]) == 1
+    assert "FAIL  config.json contradicts itself: rope_theta 7.0 where" in capsys.readouterr().out
+    config.pop("rope_theta")
+    (copy / "config.json").write_text(json.dumps(config))
+    assert main(["check", str(copy)]) == 1
+    assert "FAIL  config.json has no rope_theta" in capsys.readouterr().out
+
+
 def test_folders_of_older_versions_are_read(pruned, place, tmp_path, capsys):
     old = tmp_path / "old"
     shutil.copytree(pruned, old)
