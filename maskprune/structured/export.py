@@ -122,6 +122,11 @@ def export(model: nn.Module, masks: Masks, *, arch_fallback: str = "mistral") ->
     tied = set(getattr(small, "all_tied_weights_keys", None) or ())
     if unexpected or set(missing) - tied:
         raise RuntimeError(f"export lost tensors: missing {missing}, unexpected {unexpected}")
+    # Tables of positions: `from_config` computes GPT-J's in `dtype`, a model read from files not.
+    own = dict(small.named_buffers())
+    for name, table in base.named_buffers():
+        if name in own and own[name].shape == table.shape:
+            own[name].copy_(table)
     small.tie_weights()
     small.generation_config = base.generation_config
     small.config.architectures = [type(small).__name__]
