@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from maskprune.config import (
     CheckConfig,
@@ -261,10 +261,10 @@ def _processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _tell(text: str) -> None:
+def _tell(text: str, to: TextIO | None = None) -> None:
     """Print what a command says, once of all processes."""
     if _processes() == 1 or os.environ.get("RANK", "0") == "0":
-        print(text)
+        print(text, file=to)
 
 
 def _together() -> contextlib.AbstractContextManager[None]:
@@ -320,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as stop:
         # A run says whether it can go on, see `training.interrupt`.
-        print(f"maskprune {name}: {str(stop) or 'interrupted'}", file=sys.stderr)
+        _tell(f"maskprune {name}: {str(stop) or 'interrupted'}", sys.stderr)
         return 128 + getattr(stop, "signum", signal.SIGINT)
 
 

@@ -106,8 +106,8 @@ def _check_fields(raw: JsonObject, expected: JsonObject, folder: Path, found: Fi
     missing = [k for k in wanted if k not in raw]
     wrong = [k for k in wanted if k in raw and raw[k] != expected[k]]
     text = (
-        f"config.json has no {', '.join(missing)}, as transformers 5 writes it: transformers before "
-        "5.0, and engines that read the field, take a default in place of "
+        f"config.json has no {', '.join(missing)}, as transformers 5 writes it: transformers "
+        "before 5.0, and engines that read the field, take a default in place of "
         f"{', '.join(str(expected[k]) for k in missing)}"
     )
     if missing and not (folder / OWN_FOLDER).is_dir():

@@ -1,12 +1,13 @@
 """SIGTERM and SIGINT in a run: the step ends, a checkpoint is saved, and the run stops.
 
-A signal outside the training loop, or a second one, stops at once.
+A signal outside the training loop, or a second one, stops at once; not a second one of a run of
+several processes, which torchrun sends after the terminal's. All of these stop after the same step,
+whichever got the signal.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import sys
 import threading
@@ -14,7 +15,11 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from transformers import TrainerCallback
+
+from maskprune.training.distributed import rank, world_size
 
 
 class Interrupted(KeyboardInterrupt):
@@ -29,13 +34,26 @@ class _Signals:
     def __init__(self) -> None:
         self.in_loop = False
         self.received: int | None = None
+        # Of processes that train on GPUs: NCCL would make each step wait for the device.
+        self.group: dist.ProcessGroup | None = None
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
-        if not self.in_loop or self.received is not None:
+        again = self.received is not None
+        if not self.in_loop or (again and world_size() == 1):
             raise Interrupted(signum)
         self.received = signum
-        name = signal.Signals(signum).name
-        sys.stderr.write(f"\n{name}: saving a checkpoint after this step, again to stop at once\n")
+        if rank() == 0 and not again:
+            end = ", again to stop at once" if world_size() == 1 else ""
+            name = signal.Signals(signum).name
+            sys.stderr.write(f"\n{name}: saving a checkpoint after this step{end}\n")
+
+    def agree(self) -> bool:
+        """Whether any process of the run has received a signal; all must ask at the same step."""
+        if dist.is_available() and dist.is_initialized():
+            told = torch.tensor(self.received or 0)
+            dist.all_reduce(told, dist.ReduceOp.MAX, group=self.group)
+            self.received = int(told) or None
+        return self.received is not None
 
 
 _signals = _Signals()
@@ -43,13 +61,11 @@ _signals = _Signals()
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[None]:
-    """Handle SIGTERM and SIGINT as above while the context lasts; processes of one run alone.
+    """Handle SIGTERM and SIGINT as above while the context lasts.
 
-    Processes that train together would stop after different steps, so they are left alone, and
-    so is a signal that whoever started this process has set to be ignored.
+    A signal that whoever started this process has set to be ignored is left so.
     """
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    if not alone or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -70,11 +86,13 @@ def training_loop() -> Iterator[None]:
     Raises:
         Interrupted: at the end, where a signal came.
     """
+    if dist.is_available() and dist.is_initialized() and dist.get_backend() != "gloo":
+        _signals.group = dist.new_group(backend="gloo")
     _signals.in_loop, _signals.received = True, None
     try:
         yield
     finally:
-        _signals.in_loop = False
+        _signals.in_loop, _signals.group = False, None
     if _signals.received is not None:
         raise Interrupted(_signals.received)
 
@@ -83,5 +101,5 @@ class StopCallback(TrainerCallback):
     """Saves and stops after the step in which a signal came."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
-        if _signals.received is not None:
+        if _signals.agree():
             control.should_save = control.should_training_stop = True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -127,6 +129,25 @@ def test_a_killed_rank_ends_the_others_in_a_line_and_the_run_goes_on_to_one_outp
     assert not (place / "again" / "out.1").read_text()
     assert not (place / "again" / "err.1").read_text()
     assert not (place / "out.run").exists() and main(["check", str(place / "out")]) == 0
+
+
+@pytest.mark.parametrize("ranks", [(0, 1, 0, 1), (1,)], ids=["all, twice", "one"])
+def test_a_signal_stops_all_ranks_after_one_step_with_a_checkpoint(place, ranks):
+    more = ("--steps", "4000", "--save-steps", "4000")
+    processes = launch(2, command, place / "first", arguments(place, *more))
+    while "step 20/" not in said(place / "first"):
+        assert processes[0].is_alive(), said(place / "first")
+        time.sleep(0.01)
+    for number in ranks:
+        os.kill(processes[number].pid, signal.SIGTERM)
+    codes = wait(processes, place / "first", seconds=60)
+    assert codes == [128 + signal.SIGTERM] * 2, said(place / "first")
+    lines = [line for line in said(place / "first").splitlines() if line.startswith("maskprune")]
+    assert len(lines) == 1 and "stopped by SIGTERM; " in lines[0], lines
+    assert "is saved, go on from it with --resume" in lines[0]
+    assert not (place / "first" / "err.1").read_text()
+    (checkpoint,) = (place / "out.run").glob("checkpoint-*")
+    assert (checkpoint / "complete.json").exists() and not (place / "out").exists()
 
 
 @pytest.mark.parametrize(
