@@ -22,7 +22,7 @@ from maskprune.config import PruneConfig, PruneFiles
 from maskprune.files import OWN_FOLDER, new_folder, require_space
 from maskprune.hf.equality import compare_logits, require_equal
 from maskprune.hf.load import torch_device
-from maskprune.hf.shape import require_positions, shape_of
+from maskprune.hf.shape import require_positions, require_ranks, shape_of
 from maskprune.structured.budget import Budget
 from maskprune.structured.masks import MASKS_FILE
 from maskprune.structured.plan import Plan, cost, lint, plan
@@ -52,7 +52,9 @@ def run_prune(files: PruneFiles, settings: PruneConfig, *, anew: bool = False) -
     start(settings.device)
 
     def checked() -> None:
-        require_positions(plan_prune(files.model, settings).budget.config, settings.seq_len)
+        config = plan_prune(files.model, settings).budget.config
+        require_positions(config, settings.seq_len)
+        require_ranks(config, lora_r=settings.lora_r, output_r=settings.output_r)
 
     on_first(checked)
     with claim_output(files) as out:

@@ -67,3 +67,15 @@ def require_positions(config: PreTrainedConfig, seq_len: int) -> None:
         raise ValueError(
             f"seq_len is {seq_len}; expected 2 up to the model's {positions or 'any'} positions"
         )
+
+
+def require_ranks(config: PreTrainedConfig, **ranks: int) -> None:
+    """Refuse ranks of adapters above the full rank of a model's narrowest linears.
+
+    Raises:
+        ValueError: names the one that is too large.
+    """
+    most = max(128, text_config(config).hidden_size)
+    for name, rank in ranks.items():
+        if rank > most:
+            raise ValueError(f"{name} is {rank}; expected at most {most}, the full rank")

@@ -49,7 +49,7 @@ from maskprune.training.trainer import (
 )
 from maskprune.two_four.masks import TwoFourMasks, attach_two_four
 from maskprune.two_four.one_shot import METHODS, one_shot_masks
-from maskprune.two_four.patterns import apply_masks, load_masks
+from maskprune.two_four.patterns import CANDIDATES, apply_masks, load_masks, prunable
 
 LOGITS_FILE = "logits.safetensors"
 # From 1.5 times the noise a step on (kappa 100), the samples of a short run broke the model.
@@ -256,6 +256,10 @@ def _learn(
             run_dir = stack.enter_context(temporary_folder())
         run = Path(run_dir)
         checkpoint = on_first(lambda: open_run(run, resume))
+        if checkpoint is None:
+            groups = (module.weight.numel() // 4 for module in prunable(model).values())
+            trained = (torch.empty(len(CANDIDATES), n, device="meta") for n in groups)
+            require_checkpoint_space(run, trained)
         masks = attach_two_four(
             model,
             None if checkpoint else find_prior(model, sample, config, quiet),
@@ -264,8 +268,6 @@ def _learn(
             seed=config.seed,
         )
         stack.callback(masks.detach)
-        if checkpoint is None:
-            require_checkpoint_space(run, masks.parameters())
         if config.gradient_checkpointing:
             checkpoint_activations(model)
         if config.loss == "kl" and (obstacle := head_of(model).obstacle):

@@ -346,12 +346,14 @@ def test_a_tokenizer_of_another_model_is_refused(place, capsys):
     [
         ("--max-shard-size", "5 potatoes", "max_shard_size is '5 potatoes'"),
         ("--output-r", "100000", "output_r is 100000; expected at most 128"),
+        ("--lora-r", "129", "lora_r is 129; expected at most 128"),
         ("--device", "meta", "device is 'meta'; expected auto, cpu"),
         ("--device", "mps", "device is 'mps'; expected auto, cpu"),
         ("--device", "cuda:99", "device is 'cuda:99', but torch sees"),
     ],
 )
-def test_bad_values_are_refused_before_any_work(flag, value, message, place, capsys):
+def test_bad_values_are_refused_before_any_work(flag, value, message, place, capsys, monkeypatch):
+    monkeypatch.setattr("maskprune.commands.prune.load_to_train", None)
     assert prune(place, flag, value) == 2
     assert message in said(capsys)
     assert listing(place) == ["model", "text.jsonl"]

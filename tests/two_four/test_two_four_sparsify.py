@@ -45,6 +45,23 @@ def test_a_model_in_float16_learns_no_masks_but_is_chosen_for():
     assert is_sparse(sparsify(model, None, None, config, quiet=True).model)
 
 
+def test_checkpoints_that_will_not_fit_are_refused_before_the_prior(tmp_path):
+    sizes = []
+
+    def full(folder, size, what):
+        sizes.append(size)
+        raise ValueError("no space")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("maskprune.training.checkpoints.require_space", full)
+        patch.setattr("maskprune.two_four.sparsify.find_prior", None)
+        with pytest.raises(ValueError, match="no space"):
+            run(tmp_path)
+    # Three checkpoints of logits with two averages each, six float32 a group of four weights.
+    weights = sum(m.weight.numel() for m in prunable(tiny_model("llama")).values())
+    assert sizes == [3 * 3 * 6 * 4 * weights // 4]
+
+
 @torch.no_grad()
 def lm_loss(model) -> float:
     ids = data()
