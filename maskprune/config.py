@@ -89,12 +89,19 @@ class RunConfig:
         "auto", "Compute type: auto (bfloat16 where measured faster), bfloat16 or none."
     )
     device: str = _setting("auto", "auto, cpu, cuda or cuda:N.")
+    shard: str = _setting(
+        "auto",
+        "Under torchrun: none, every process holds the whole model; full, each its part of the "
+        "blocks (FSDP2); auto, full where by the plan's arithmetic a GPU cannot hold it whole.",
+    )
     seed: int = _setting(0, "Of data order and everything random; CPU runs repeat to the bit.")
     save_steps: int = _setting(100, "Steps between checkpoints, what a kill loses at most.")
     logging_steps: int = _setting(10, "Steps between rows of the trace.")
 
     def __post_init__(self) -> None:
-        _require_choices(self, autocast=("auto", "bfloat16", "none"))
+        _require_choices(
+            self, autocast=("auto", "bfloat16", "none"), shard=("auto", "none", "full")
+        )
         _require_least(
             self,
             steps=20,

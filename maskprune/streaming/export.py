@@ -96,7 +96,7 @@ def export_checkpoint(
     shard_size = parse_size(max_shard_size)
     masks = load_masks(masks_file)
     shape = final_shape(masks)
-    source = _source_folder(src_dir)
+    source = source_folder(src_dir)
     try:
         with locked(out):
             if gguf_file(source):
@@ -106,9 +106,7 @@ def export_checkpoint(
             plan = plan_stream(source, masks, shape, shard_size, adapter, arch_fallback)
             _require_space(out, plan.bytes_written)
             with new_folder(out, overwrite) as building:
-                _write_weights(plan, building, progress, backend)
-                card = _card(source, masks, shape, plan.parameters)
-                write_stock_files(building, plan.config, source=source, model_card=card)
+                write_stream(plan, building, source, masks, progress=progress, backend=backend)
     except OSError as error:
         raise _explained(error, out) from error
     return Exported(
@@ -116,7 +114,12 @@ def export_checkpoint(
     )
 
 
-def _source_folder(name: str | Path) -> Path:
+def source_folder(name: str | Path) -> Path:
+    """The checkpoint folder that a name means; fetched, if it is a hub id.
+
+    Raises:
+        ValueError: there is none.
+    """
     where = resolve_model(name)
     if Path(where).is_dir():
         return Path(where)
@@ -131,6 +134,21 @@ def _source_folder(name: str | Path) -> Path:
             f"model {where} is no folder here and could not be fetched from the hub ({first}); "
             "give a local checkpoint folder"
         ) from None
+
+
+def write_stream(
+    plan: StreamPlan,
+    folder: Path,
+    source: Path,
+    masks: Masks,
+    *,
+    progress: bool = True,
+    backend: str = "auto",
+) -> None:
+    """Write the stock checkpoint that `plan_stream` laid out for `source` into an empty folder."""
+    _write_weights(plan, folder, progress, backend)
+    card = _card(source, masks, plan.shape, plan.parameters)
+    write_stock_files(folder, plan.config, source=source, model_card=card)
 
 
 def _write_weights(plan: StreamPlan, folder: Path, progress: bool, backend: str) -> None:

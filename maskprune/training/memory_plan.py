@@ -7,11 +7,12 @@ parameters - A adapter parameters - S weights under 2:4 masks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 
+from maskprune.config import PlanConfig, PruneConfig, SparsifyConfig
 from maskprune.hf.families import attention_output, family_of, ffn_output, layers_of, text_config
 from maskprune.hf.shape import shape_of
 
@@ -31,6 +32,12 @@ class Load:
     output_r: int = 128
     gradient_checkpointing: bool = False
     computed: int = 2
+
+
+def load_of(settings: PruneConfig | SparsifyConfig | PlanConfig) -> Load:
+    """The part of a command's settings that memory depends on."""
+    known = {f.name: getattr(settings, f.name) for f in fields(Load) if hasattr(settings, f.name)}
+    return Load(**({"two_four": isinstance(settings, SparsifyConfig)} | known))
 
 
 def memory_parts(config: Any, load: Load, gpus: int) -> dict[str, int]:
@@ -108,6 +115,11 @@ def largest_micro_batch(config: Any, load: Load, gpus: int, room: float) -> int 
 
     per_device = load.batch_size // gpus
     return next((n for n in range(per_device, 0, -1) if per_device % n == 0 and fits(n)), None)
+
+
+def does_not_fit(config: Any, load: Load, gpus: int, memory: float) -> bool:
+    """Whether a run takes more than what of `memory` bytes is counted on, on each device."""
+    return sum(memory_parts(config, load, gpus).values()) > USABLE * memory
 
 
 def render_memory(config: Any, load: Load, gpus: int, gpu_memory: float) -> str:

@@ -17,6 +17,7 @@ from maskprune.cli import main
 from maskprune.config import PruneConfig, SparsifyConfig
 from maskprune.structured.prune import PruneResult, prune
 from maskprune.training.distributed import barrier, rank
+from maskprune.training.sharding import whole
 from maskprune.two_four.sparsify import SparsifyTrainer, sparsify
 
 COMMON: dict[str, Any] = dict(batch_size=4, seq_len=16, logging_steps=20, autocast="none")
@@ -30,6 +31,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "hidden-checkpointed": dict(alpha=0.04, gradient_checkpointing=True, warm_start="wanda-sp"),
     "ffn-only": dict(family="gpt2", sparsity=0.15, steps=20),
 }
+SHARDED = ("plain", "hidden", "hidden-checkpointed")
 SPARSIFY = COMMON | dict(steps=24, calibration_blocks=8, gradient_accumulation=2)
 
 
@@ -48,7 +50,7 @@ def prune_one(
 def trained(result: PruneResult) -> dict[str, torch.Tensor]:
     """Masks and adapters of a run."""
     named = result.masked_model.named_parameters()
-    adapters = {name: p.detach().clone() for name, p in named if "lora_" in name}
+    adapters = {name: whole(p.detach()).clone() for name, p in named if "lora_" in name}
     return adapters | {"head": result.masks.head.detach(), "ffn": result.masks.ffn.detach()}
 
 
@@ -89,12 +91,19 @@ def train_all(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
 def train_and_resume(folder: Path, alone: Path) -> None:
     """On two ranks: everything, and the runs of two ranks and of one gone on with by two."""
     found = train_all(folder)
-    for name, source in (("2 to 2", folder / "plain"), ("1 to 2", alone)):
-        copy = folder / f"again from {source.parent.name}"
+    for name in SHARDED:
+        run = folder / "plain sharded" if name == "plain" else None
+        found[f"{name} sharded"] = trained(prune_one(run, shard="full", **WAYS[name]))
+    for name, source, shard in (
+        ("2 to 2", folder / "plain", "none"),
+        ("1 to 2", alone, "none"),
+        ("2 to 2 sharded", folder / "plain sharded", "full"),
+        ("1 to 2 sharded", alone, "full"),
+    ):
         if rank() == 0:
-            unfinished(source, copy)
+            unfinished(source, folder / name)
         barrier()
-        found[name] = trained(prune_one(copy, resume=True, **WAYS["plain"]))
+        found[name] = trained(prune_one(folder / name, resume=True, shard=shard, **WAYS["plain"]))
     torch.save(found, folder / f"found.{rank()}")
     dist.destroy_process_group()
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from checkpoints_on_disk import write_checkpoint, write_text
 from rank_jobs import (
+    SHARDED,
     WAYS,
     command,
     prune_one,
@@ -67,15 +68,23 @@ def test_two_processes_train_what_one_does(runs, way):
     require_close(first[way], alone[way])
 
 
-def test_a_run_goes_on_with_as_many_processes_to_the_bit(runs):
+@pytest.mark.parametrize("way", SHARDED)
+def test_two_processes_that_share_the_model_train_what_one_does(runs, way):
+    _, alone, (first, _) = runs
+    require_close(first[f"{way} sharded"], alone[way])
+
+
+@pytest.mark.parametrize("kind", ["", " sharded"])
+def test_a_run_goes_on_with_as_many_processes_to_the_bit(runs, kind):
     _, _, (first, _) = runs
-    require_same(first["2 to 2"], first["plain"])
+    require_same(first[f"2 to 2{kind}"], first[f"plain{kind}"])
 
 
-def test_a_run_goes_on_with_more_or_fewer_processes(runs):
+@pytest.mark.parametrize("kind", ["", " sharded"])
+def test_a_run_goes_on_with_more_or_fewer_processes(runs, kind):
     folder, alone, (first, _) = runs
-    require_close(first["1 to 2"], alone["plain"])
-    run = unfinished(folder / "two" / "plain", folder / "one again")
+    require_close(first[f"1 to 2{kind}"], alone["plain"])
+    run = unfinished(folder / "two" / f"plain{kind}", folder / f"one again{kind}")
     require_close(trained(prune_one(run, resume=True, **WAYS["plain"])), alone["plain"])
 
 
