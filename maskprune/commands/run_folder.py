@@ -29,7 +29,7 @@ from maskprune.training.interrupt import Interrupted, stop_on_signals
 C4 = "allenai/c4:en:train"
 INPUTS_FILE = "settings.json"
 # What a resumed run may have otherwise: the result does not depend on it.
-MAY_CHANGE = ("save_steps", "logging_steps", "device", "targets")
+MAY_CHANGE = ("save_steps", "logging_steps", "device", "shard", "targets")
 
 
 @contextlib.contextmanager
@@ -229,9 +229,7 @@ def weight_bytes(model: PreTrainedModel) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def load_to_train(
-    name: str, dtype: str, device: str, sharded: bool = False
-) -> tuple[Any, Any]:
+def load_to_train(name: str, dtype: str, device: str, sharded: bool = False) -> tuple[Any, Any]:
     """(model, tokenizer); `auto` is float32 on the CPU, as stored on a GPU.
 
     Args:

@@ -119,8 +119,9 @@ def place(tmp_path):
     return tmp_path
 
 
-def test_a_killed_rank_ends_the_others_in_a_line_and_the_run_goes_on_to_one_output(place):
-    processes = launch(2, command, place / "first", arguments(place))
+@pytest.mark.parametrize("shard", ["none", "full"])
+def test_a_killed_rank_ends_the_others_in_a_line_and_the_run_goes_on_to_one_output(place, shard):
+    processes = launch(2, command, place / "first", arguments(place, "--shard", shard))
     while not (place / "out.run" / "checkpoint-10" / "complete.json").exists():
         assert processes[0].is_alive(), said(place / "first")
         time.sleep(0.01)
@@ -130,12 +131,14 @@ def test_a_killed_rank_ends_the_others_in_a_line_and_the_run_goes_on_to_one_outp
     assert line.startswith("maskprune prune: another process of this run is gone, so rank 0 of 2")
     assert not (place / "out").exists()
 
-    codes = wait(launch(2, command, place / "again", arguments(place, "--resume")), place / "again")
+    again = arguments(place, "--shard", shard, "--resume")
+    codes = wait(launch(2, command, place / "again", again), place / "again")
     assert codes == [0, 0], said(place / "again")
     assert said(place / "again", "out").count("stock LlamaForCausalLM in") == 1
     assert not (place / "again" / "out.1").read_text()
     assert not (place / "again" / "err.1").read_text()
-    assert not (place / "out.run").exists() and main(["check", str(place / "out")]) == 0
+    assert not (place / "out.run").exists()
+    assert main(["check", str(place / "out"), "--against", str(place / "model")]) == 0
 
 
 @pytest.mark.parametrize(
