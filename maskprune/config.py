@@ -255,6 +255,11 @@ class SparsifyConfig(RunConfig):
                 f"update_weights is for --method sparsegpt; {self.method} leaves the weights that "
                 "stay as they are"
             )
+        if self.shard == "full" and self.method != "maskllm":
+            raise ValueError(
+                f"shard is full, which spreads what is trained, and {self.method} trains nothing; "
+                "use --shard none: the text is shared out among the processes anyway"
+            )
         _require_least(
             self,
             calibration_blocks=1,

@@ -81,30 +81,47 @@ def device_of_run(model: nn.Module, sharded: bool) -> torch.device:
     return next(model.parameters()).device
 
 
+class Sharder:
+    """Spreads a model over the processes, a block at a time: see `shard_blocks`."""
+
+    def __init__(self, device: torch.device) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        self.device = device
+        self.mesh = init_device_mesh(device.type, (world_size(),))
+
+    def block(self, block: nn.Module) -> None:
+        """Keep this process's part of a block. Logits (6, O, I / 4) are cut along O."""
+        from torch.distributed.fsdp import fully_shard
+
+        gathered: Any = fully_shard(
+            block, mesh=self.mesh, shard_placement_fn=lambda p: Shard(1 if p.dim() == 3 else 0)
+        )
+        # Whether a weight gets a gradient is settled when it is first gathered.
+        gathered.unshard()
+        gathered.reshard()
+
+    def rest(self, model: nn.Module) -> None:
+        """After all blocks: what is around them stays whole and goes to the device."""
+        from torch.distributed.fsdp import fully_shard
+
+        outside = {p for p in model.parameters() if not isinstance(p, DTensor)}
+        fully_shard(model, mesh=self.mesh, ignored_params=outside)
+        for tensor in (*outside, *model.buffers()):
+            tensor.data = tensor.data.to(self.device)
+        # Trainer then neither moves nor wraps it, and averages the gradient of what is whole.
+        stock_model(model)._is_distributed_loading_by_transformers = True
+
+
 def shard_blocks(model: nn.Module, device: torch.device) -> None:
     """Spread the blocks of a stock model, or of the PEFT model around it, over the processes.
 
-    Adapters and masks are on it already. Logits of 2:4 masks (6, O, I / 4) are cut along O.
+    Adapters and masks are on it already.
     """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    blocks = layers_of(model)
-    inside = {p for block in blocks for p in block.parameters()}
-    mesh = init_device_mesh(device.type, (world_size(),))
-    for block in blocks:
-        fully_shard(block, mesh=mesh, shard_placement_fn=lambda p: Shard(1 if p.dim() == 3 else 0))
-    outside = {p for p in model.parameters() if not isinstance(p, DTensor)} - inside
-    fully_shard(model, mesh=mesh, ignored_params=outside)
-    for tensor in (*outside, *model.buffers()):
-        tensor.data = tensor.data.to(device)
-    # Trainer then neither moves the model nor wraps it, and averages the gradient of what is whole.
-    stock_model(model)._is_distributed_loading_by_transformers = True
-    # Whether a weight gets a gradient is settled when it is first gathered.
-    gathered: Any
-    for gathered in blocks:
-        gathered.unshard()
-        gathered.reshard()
+    sharder = Sharder(device)
+    for block in layers_of(model):
+        sharder.block(block)
+    sharder.rest(model)
 
 
 def is_sharded(model: nn.Module) -> bool:

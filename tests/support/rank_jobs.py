@@ -54,20 +54,24 @@ def trained(result: PruneResult) -> dict[str, torch.Tensor]:
     return adapters | {"head": result.masks.head.detach(), "ffn": result.masks.ffn.detach()}
 
 
-def sparsify_one(method: str) -> dict[str, torch.Tensor]:
+def sparsify_one(
+    method: str, run: Path | None = None, resume: bool = False, **changes: Any
+) -> dict[str, torch.Tensor]:
     """The masks that a method chooses, and with maskllm the logits behind them."""
     logits: dict[str, torch.Tensor] = {}
     honest = SparsifyTrainer.train
 
     def train(self: SparsifyTrainer, *args: Any, **kw: Any) -> Any:
         done = honest(self, *args, **kw)
-        logits.update({f"logits {n}": p.detach() for n, p in self.masks.named_parameters().items()})
+        own = self.masks.named_parameters().items()
+        logits.update({f"logits {n}": whole(p.detach()) for n, p in own})
         return done
 
     SparsifyTrainer.train = train  # type: ignore[method-assign]
     try:
-        config = SparsifyConfig(method=method, **SPARSIFY)
-        result = sparsify(tiny_model("llama", num_hidden_layers=2), None, blocks(), config)
+        config = SparsifyConfig(method=method, **(SPARSIFY | changes))
+        model = tiny_model("llama", num_hidden_layers=2)
+        result = sparsify(model, None, blocks(), config, run_dir=run, resume=resume)
     finally:
         SparsifyTrainer.train = honest  # type: ignore[method-assign]
     return result.masks | logits
