@@ -145,7 +145,8 @@ def plan(argv: Sequence[str]) -> int:
     if settings.gpus is not None:
         from maskprune.training.memory_plan import load_of, render_memory
 
-        print(render_memory(config, load_of(settings), settings.gpus, settings.gpu_memory))
+        load, memory = load_of(settings), settings.gpu_memory
+        print(render_memory(config, load, settings.gpus, memory, settings.shard))
     return 0
 
 

@@ -353,9 +353,11 @@ class PlanConfig(BudgetConfig, _Planned):
     lora_r: int = _setting(8, "With --gpus: rank of the adapters.")
     output_r: int = _setting(128, "With --gpus: rank of the adapters of W_O and W_down.")
     gradient_checkpointing: bool = _setting(False, "With --gpus: trade time for memory.")
+    shard: str = _setting("auto", "With --gpus: none, full, or auto, see `prune`.")
 
     def __post_init__(self) -> None:
         names = ("gpus", "batch_size", "gradient_accumulation", "seq_len", "lora_r", "output_r")
+        _require_choices(self, shard=("auto", "none", "full"))
         _require_least(self, **dict.fromkeys(names, 1))
         _require_positive(self, "gpu_memory")
         _require_whole_micro_batches(self)

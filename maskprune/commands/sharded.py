@@ -16,7 +16,7 @@ from maskprune.hf.load import gguf_file, load_model
 from maskprune.hf.shape import shape_of
 from maskprune.streaming.export import source_folder, write_stream
 from maskprune.streaming.lora import TORCH_DTYPES
-from maskprune.streaming.plan import plan_stream
+from maskprune.streaming.plan import plan_stream, plan_two_four
 from maskprune.streaming.safetensors_file import parse_size, read_checkpoint
 from maskprune.structured.masks import MASKS_FILE, Masks
 from maskprune.structured.prune import PruneResult
@@ -35,6 +35,15 @@ def require_streamable(name: str, config: Any, settings: PruneConfig) -> None:
     shape = shape_of(config)
     masks = Masks(shape, settings.head_unit, family_of(config).model_type)
     plan_stream(source, masks, shape, parse_size("5GB"), None, settings.arch_fallback)
+
+
+def require_two_four_streamable(name: str) -> None:
+    """The same of `sparsify`.
+
+    Raises:
+        ValueError: says why.
+    """
+    plan_two_four(require_safetensors(name), {}, parse_size("5GB"))
 
 
 def require_safetensors(name: str) -> Path:
@@ -68,11 +77,23 @@ def write_pruned(
         result.masked_model.save_pretrained(own / "adapter", state_dict=adapter)
         size = parse_size(max_shard_size)
         plan = plan_stream(source, result.masks, result.shape, size, own / "adapter", arch_fallback)
-        write_stream(plan, folder, source, result.masks)
+        write_stream(plan, folder, source)
         config: dict[str, Any] = plan.config
         return config
 
     return on_first(write)
+
+
+def write_two_four(
+    masks: dict[str, torch.Tensor], name: str, folder: Path, max_shard_size: str
+) -> None:
+    """On rank 0, write the stock checkpoint that the masks make of MODEL."""
+
+    def write() -> None:
+        source = source_folder(name)
+        write_stream(plan_two_four(source, masks, parse_size(max_shard_size)), folder, source)
+
+    on_first(write)
 
 
 def prove(masked: Any, folder: Path, ids: torch.Tensor) -> Difference:

@@ -108,7 +108,8 @@ class Sharder:
         outside = {p for p in model.parameters() if not isinstance(p, DTensor)}
         fully_shard(model, mesh=self.mesh, ignored_params=outside)
         for tensor in (*outside, *model.buffers()):
-            tensor.data = tensor.data.to(self.device)
+            # A copy: what was read from a file's pages would keep them all in memory.
+            tensor.data = tensor.data.to(self.device, copy=True)
         # Trainer then neither moves nor wraps it, and averages the gradient of what is whole.
         stock_model(model)._is_distributed_loading_by_transformers = True
 

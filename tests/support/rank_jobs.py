@@ -15,7 +15,10 @@ from models import VOCAB, tiny_model
 
 from maskprune.cli import main
 from maskprune.config import PruneConfig, SparsifyConfig
+from maskprune.structured import prune as loop
+from maskprune.structured.distill import DistillLoss, distill
 from maskprune.structured.prune import PruneResult, prune
+from maskprune.training.checkpoints import newest
 from maskprune.training.distributed import barrier, rank
 from maskprune.training.sharding import whole
 from maskprune.two_four.sparsify import SparsifyTrainer, sparsify
@@ -48,10 +51,17 @@ def prune_one(
 
 
 def trained(result: PruneResult) -> dict[str, torch.Tensor]:
-    """Masks and adapters of a run."""
+    """Masks and adapters of a run, and what its trace says of the masks' signal."""
     named = result.masked_model.named_parameters()
     adapters = {name: whole(p.detach()).clone() for name, p in named if "lora_" in name}
-    return adapters | {"head": result.masks.head.detach(), "ffn": result.masks.ffn.detach()}
+    of_signal = [
+        value
+        for row in result.trace
+        for name, value in sorted(row.items())
+        if name.startswith(("moved_", "signal_"))
+    ]
+    masks = {"head": result.masks.head.detach(), "ffn": result.masks.ffn.detach()}
+    return adapters | masks | {"signal": torch.tensor(of_signal)}
 
 
 def sparsify_one(
@@ -80,7 +90,7 @@ def sparsify_one(
 def unfinished(run: Path, to: Path) -> Path:
     """A copy of a run's folder from which its last checkpoint is gone."""
     shutil.copytree(run, to)
-    shutil.rmtree(to / "checkpoint-40")
+    shutil.rmtree(newest(to) or to)
     return to
 
 
@@ -89,7 +99,8 @@ def train_all(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     found = {}
     for name, way in WAYS.items():
         found[name] = trained(prune_one(folder / "plain" if name == "plain" else None, **way))
-    return found | {method: sparsify_one(method) for method in ("maskllm", "sparsegpt", "wanda")}
+    found["maskllm"] = sparsify_one("maskllm", folder / "maskllm one", save_steps=12)
+    return found | {method: sparsify_one(method) for method in ("sparsegpt", "wanda")}
 
 
 def train_and_resume(folder: Path, alone: Path) -> None:
@@ -98,6 +109,8 @@ def train_and_resume(folder: Path, alone: Path) -> None:
     for name in SHARDED:
         run = folder / "plain sharded" if name == "plain" else None
         found[f"{name} sharded"] = trained(prune_one(run, shard="full", **WAYS[name]))
+    sharded = dict(shard="full", gradient_checkpointing=True, save_steps=12)
+    found["maskllm sharded"] = sparsify_one("maskllm", folder / "maskllm", **sharded)
     for name, source, shard in (
         ("2 to 2", folder / "plain", "none"),
         ("1 to 2", alone, "none"),
@@ -108,6 +121,12 @@ def train_and_resume(folder: Path, alone: Path) -> None:
             unfinished(source, folder / name)
         barrier()
         found[name] = trained(prune_one(folder / name, resume=True, shard=shard, **WAYS["plain"]))
+    for name, source in (("2 to 2", folder / "maskllm"), ("1 to 2", alone.parent / "maskllm one")):
+        copy = folder / f"maskllm {name}"
+        if rank() == 0:
+            unfinished(source, copy)
+        barrier()
+        found[copy.name] = sparsify_one("maskllm", copy, resume=True, **sharded)
     torch.save(found, folder / f"found.{rank()}")
     dist.destroy_process_group()
 
@@ -115,6 +134,18 @@ def train_and_resume(folder: Path, alone: Path) -> None:
 def train_on_four(folder: Path) -> None:
     torch.save(trained(prune_one(None, **WAYS["hidden"])), folder / f"found.{rank()}")
     dist.destroy_process_group()
+
+
+def command_with_nan(folder: Path, arguments: list[str]) -> None:
+    """A command line on every rank; the loss of rank 1 is NaN from the first step on."""
+
+    def broken(*args: Any, **kw: Any) -> DistillLoss:
+        loss = distill(*args, **kw)
+        return DistillLoss(loss.total * float("nan"), loss.kl * float("nan"), loss.layer)
+
+    if os.environ["RANK"] == "1":
+        loop.distill = broken
+    command(folder, arguments)
 
 
 def script(folder: Path, path: Path, place: Path, arguments: list[str]) -> None:
