@@ -143,11 +143,10 @@ def plan(argv: Sequence[str]) -> int:
     if not settings.two_four:
         print(render(make(config, Budget.of(config, settings), settings.targets)))
     if settings.gpus is not None:
-        from maskprune.training.memory_plan import Load, render_memory
+        from maskprune.training.memory_plan import load_of, render_memory
 
-        names = [f.name for f in dataclasses.fields(Load) if f.name != "computed"]
-        load = Load(**{name: getattr(settings, name) for name in names})
-        print(render_memory(config, load, settings.gpus, settings.gpu_memory))
+        load, memory = load_of(settings), settings.gpu_memory
+        print(render_memory(config, load, settings.gpus, memory, settings.shard))
     return 0
 
 

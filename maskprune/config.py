@@ -89,12 +89,19 @@ class RunConfig:
         "auto", "Compute type: auto (bfloat16 where measured faster), bfloat16 or none."
     )
     device: str = _setting("auto", "auto, cpu, cuda or cuda:N.")
+    shard: str = _setting(
+        "auto",
+        "Under torchrun: none, every process holds the whole model; full, each its part of the "
+        "blocks (FSDP2); auto, full where by the plan's arithmetic a GPU cannot hold it whole.",
+    )
     seed: int = _setting(0, "Of data order and everything random; CPU runs repeat to the bit.")
     save_steps: int = _setting(100, "Steps between checkpoints, what a kill loses at most.")
     logging_steps: int = _setting(10, "Steps between rows of the trace.")
 
     def __post_init__(self) -> None:
-        _require_choices(self, autocast=("auto", "bfloat16", "none"))
+        _require_choices(
+            self, autocast=("auto", "bfloat16", "none"), shard=("auto", "none", "full")
+        )
         _require_least(
             self,
             steps=20,
@@ -248,6 +255,11 @@ class SparsifyConfig(RunConfig):
                 f"update_weights is for --method sparsegpt; {self.method} leaves the weights that "
                 "stay as they are"
             )
+        if self.shard == "full" and self.method != "maskllm":
+            raise ValueError(
+                f"shard is full, which spreads what is trained, and {self.method} trains nothing; "
+                "use --shard none: the text is shared out among the processes anyway"
+            )
         _require_least(
             self,
             calibration_blocks=1,
@@ -341,9 +353,11 @@ class PlanConfig(BudgetConfig, _Planned):
     lora_r: int = _setting(8, "With --gpus: rank of the adapters.")
     output_r: int = _setting(128, "With --gpus: rank of the adapters of W_O and W_down.")
     gradient_checkpointing: bool = _setting(False, "With --gpus: trade time for memory.")
+    shard: str = _setting("auto", "With --gpus: none, full, or auto, see `prune`.")
 
     def __post_init__(self) -> None:
         names = ("gpus", "batch_size", "gradient_accumulation", "seq_len", "lora_r", "output_r")
+        _require_choices(self, shard=("auto", "none", "full"))
         _require_least(self, **dict.fromkeys(names, 1))
         _require_positive(self, "gpu_memory")
         _require_whole_micro_batches(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import shutil
 from pathlib import Path
@@ -28,6 +29,7 @@ from maskprune.structured.masks import MASKS_FILE
 from maskprune.structured.plan import Plan, cost, lint, plan
 from maskprune.training.data import token_blocks
 from maskprune.training.distributed import on_first, rank, start
+from maskprune.training.sharding import shards
 
 
 def plan_prune(name: str, settings: PruneConfig) -> Plan:
@@ -66,9 +68,14 @@ def run_prune(files: PruneFiles, settings: PruneConfig, *, anew: bool = False) -
 def _run(
     files: PruneFiles, settings: PruneConfig, out: Path, run: Path, inputs: dict[str, Any]
 ) -> RunRecord | None:
-    name = files.model
+    name, config = files.model, read_config(files.model)
     source, data = training_text(name, files.data)
-    model, tokenizer = load_to_train(name, settings.dtype, settings.device)
+    sharded = shards(settings, config)
+    if sharded:
+        from maskprune.commands.sharded import prove, require_streamable, write_pruned
+
+        on_first(lambda: require_streamable(name, config, settings))
+    model, tokenizer = load_to_train(name, settings.dtype, settings.device, sharded)
     require_space(out, weight_bytes(model), "the weights to write")
     dense_config, dense_generation = copy.deepcopy(model.config), model.generation_config
     blocks = on_first(
@@ -79,17 +86,25 @@ def _run(
     # Imported late: it pulls in the whole training stack, which bad input should not wait for.
     from maskprune.structured.prune import prune
 
-    with open_run_folder(run, inputs, blocks):
+    with open_run_folder(run, inputs, blocks), contextlib.ExitStack() as stack:
         result = prune(model, tokenizer, blocks, settings, run_dir=run, resume=files.resume)
+        if rank() > 0 and not sharded:
+            return None
+        result.masks.source = name
+        ids = proof_tokens(result.masked_model, blocks)
+        if sharded:
+            folder = on_first(lambda: stack.enter_context(new_folder(out, files.overwrite)))
+            size, fallback = files.max_shard_size, settings.arch_fallback
+            pruned_config = write_pruned(result, name, folder, size, fallback)
+            difference = prove(result.masked_model, folder, ids)
+        else:
+            result.model.generation_config = dense_generation
+            pruned_config = result.model.config
+            difference = compare_logits(result.masked_model, result.model, ids)
+            require_equal(difference, result.model.dtype)
         if rank() > 0:
             return None
-        result.model.generation_config = dense_generation
-        result.masks.source = name
-
-        ids = proof_tokens(result.model, blocks)
-        difference = compare_logits(result.masked_model, result.model, ids)
-        require_equal(difference, result.model.dtype)
-        small = cost(result.model.config)
+        small = cost(pruned_config)
         record = RunRecord(
             format="maskprune-run",
             model=name,
@@ -99,7 +114,7 @@ def _run(
             seed=settings.seed,
             steps=result.steps,
             tokens=result.steps * settings.batch_size * settings.seq_len,
-            model_class=type(result.model).__name__,
+            model_class=pruned_config.architectures[0],
             difference=difference,
             tokens_compared=ids.numel(),
             dense=sizes(cost(dense_config)),
@@ -115,7 +130,10 @@ def _run(
                 "tp": small.tp_sizes,
             },
         )
-        with new_folder(out, files.overwrite) as folder:
+        if sharded:
+            record.save(folder)
+        else:
+            folder = stack.enter_context(new_folder(out, files.overwrite))
             save_proven(
                 result.model,
                 folder,
@@ -126,13 +144,14 @@ def _run(
             )
             result.masks.save(folder / OWN_FOLDER / MASKS_FILE)
             result.masked_model.save_pretrained(folder / OWN_FOLDER / "adapter")
-            shutil.copyfile(run / "trace.jsonl", folder / OWN_FOLDER / "trace.jsonl")
-    before = shape_of(dense_config)
+        shutil.copyfile(run / "trace.jsonl", folder / OWN_FOLDER / "trace.jsonl")
+    before, proof = shape_of(dense_config), "exported against reloaded 0"
+    if sharded:
+        proof = "the exported one as read back"
     lines = [
         f"{before} -> {result.shape}",
         f"parameters {record.dense['parameters']:,} -> {small.parameters:,}",
-        f"largest logit difference masked against exported {difference.largest:.2e}, "
-        "exported against reloaded 0",
+        f"largest logit difference masked against exported {difference.largest:.2e}, {proof}",
         f"stock {record.model_class} in {files.output}; load it with "
         f'AutoModelForCausalLM.from_pretrained("{files.output}")',
     ]

@@ -29,7 +29,7 @@ from maskprune.training.interrupt import Interrupted, stop_on_signals
 C4 = "allenai/c4:en:train"
 INPUTS_FILE = "settings.json"
 # What a resumed run may have otherwise: the result does not depend on it.
-MAY_CHANGE = ("save_steps", "logging_steps", "device", "targets")
+MAY_CHANGE = ("save_steps", "logging_steps", "device", "shard", "targets")
 
 
 @contextlib.contextmanager
@@ -229,8 +229,11 @@ def weight_bytes(model: PreTrainedModel) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def load_to_train(name: str, dtype: str, device: str) -> tuple[Any, Any]:
+def load_to_train(name: str, dtype: str, device: str, sharded: bool = False) -> tuple[Any, Any]:
     """(model, tokenizer); `auto` is float32 on the CPU, as stored on a GPU.
+
+    Args:
+        sharded: leave it in the host's memory, from which each process takes its part.
 
     Raises:
         ValueError: see `load_model`; or weights that are NaN or infinite.
@@ -238,6 +241,6 @@ def load_to_train(name: str, dtype: str, device: str) -> tuple[Any, Any]:
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if dtype == "auto" and not on_gpu:
         dtype = "float32"
-    model, tokenizer = load_model(name, dtype=dtype, device=device)
+    model, tokenizer = load_model(name, dtype=dtype, device="cpu" if sharded else device)
     require_finite_weights(model, name)
     return model, tokenizer

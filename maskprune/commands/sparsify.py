@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from maskprune.commands.record import RunRecord, proof_tokens, save_proven
 from maskprune.commands.run_folder import (
@@ -25,6 +25,7 @@ from maskprune.hf.load import load_model, torch_device
 from maskprune.hf.shape import require_positions, shape_of
 from maskprune.training.data import token_blocks
 from maskprune.training.distributed import on_first, rank, start
+from maskprune.training.sharding import shards
 from maskprune.two_four.one_shot import METHODS
 from maskprune.two_four.patterns import MASKS_FILE, apply_masks, load_masks, save_masks
 
@@ -65,8 +66,15 @@ def _require_shape(name: str, settings: SparsifyConfig) -> None:
 def _run(files: SparsifyFiles, settings: SparsifyConfig, out: Path) -> RunRecord | None:
     name, inputs = files.model, run_inputs(files, settings)
     run = on_first(lambda: claim_run_folder(out, inputs, resume=files.resume))
-    model, tokenizer = load_to_train(name, settings.dtype, settings.device)
+    config = read_config(name)
+    sharded = settings.method == "maskllm" and shards(settings, config)
+    if sharded:
+        from maskprune.commands.sharded import prove, require_two_four_streamable, write_two_four
+
+        on_first(lambda: require_two_four_streamable(name))
+    model, tokenizer = load_to_train(name, settings.dtype, settings.device, sharded)
     require_space(out, weight_bytes(model), "the weights to write")
+    model_class, parameters = type(model).__name__, sum(p.numel() for p in model.parameters())
     data = blocks = None
     if settings.method != "magnitude":
         source, data = training_text(name, files.data)
@@ -81,11 +89,18 @@ def _run(files: SparsifyFiles, settings: SparsifyConfig, out: Path) -> RunRecord
     # Imported late: it pulls in the whole training stack, which bad input should not wait for.
     from maskprune.two_four.sparsify import sparsify
 
-    with open_run_folder(run, inputs, blocks):
+    with open_run_folder(run, inputs, blocks), contextlib.ExitStack() as stack:
         result = sparsify(model, tokenizer, blocks, settings, run_dir=run, resume=files.resume)
-        if rank() > 0:
+        if rank() > 0 and not sharded:
             return None
         ids = proof_tokens(result.model, blocks)
+        folder, difference = None, result.difference
+        if sharded:
+            folder = on_first(lambda: stack.enter_context(new_folder(out, files.overwrite)))
+            write_two_four(result.masks, name, folder, files.max_shard_size)
+            difference = prove(result.model, folder, ids)
+        if rank() > 0:
+            return None
         record = RunRecord(
             format="maskprune-two-four",
             model=name,
@@ -95,14 +110,20 @@ def _run(files: SparsifyFiles, settings: SparsifyConfig, out: Path) -> RunRecord
             seed=settings.seed,
             steps=result.steps,
             tokens=result.steps * settings.batch_size * settings.seq_len,
-            model_class=type(result.model).__name__,
-            difference=result.difference,
+            model_class=model_class,
+            difference=difference,
             tokens_compared=ids.numel(),
         )
-        with new_folder(out, files.overwrite) as folder:
-            _write(result.model, result.masks, folder, ids, record, tokenizer, files)
-            if result.trace:
-                shutil.copyfile(run / "trace.jsonl", folder / OWN_FOLDER / "trace.jsonl")
+        _describe(record, result.masks, parameters)
+        if folder is not None:
+            record.save(folder)
+        else:
+            folder = stack.enter_context(new_folder(out, files.overwrite))
+            size = files.max_shard_size
+            save_proven(result.model, folder, ids, record, tokenizer=tokenizer, max_shard_size=size)
+        _save_masks(result.masks, folder, record, files)
+        if result.trace:
+            shutil.copyfile(run / "trace.jsonl", folder / OWN_FOLDER / "trace.jsonl")
     return record
 
 
@@ -120,33 +141,30 @@ def _apply(files: SparsifyFiles, out: Path, masks_from: str, settings: SparsifyC
         model_class=type(model).__name__,
         details={"masks": masks_from},
     )
+    _describe(record, masks, sum(p.numel() for p in model.parameters()))
     with new_folder(out, files.overwrite) as folder:
-        _write(model, masks, folder, proof_tokens(model, None), record, tokenizer, files)
+        ids, size = proof_tokens(model, None), files.max_shard_size
+        save_proven(model, folder, ids, record, tokenizer=tokenizer, max_shard_size=size)
+        _save_masks(masks, folder, record, files)
     return record
 
 
-def _write(
-    model: PreTrainedModel,
-    masks: dict[str, torch.Tensor],
-    folder: Path,
-    ids: torch.Tensor,
-    record: RunRecord,
-    tokenizer: PreTrainedTokenizerBase,
-    files: SparsifyFiles,
-) -> None:
+def _describe(record: RunRecord, masks: dict[str, torch.Tensor], parameters: int) -> None:
     weights = sum(mask.numel() for mask in masks.values())
-    parameters = sum(p.numel() for p in model.parameters())
     record.details |= {"linears": len(masks), "weights_masked": weights // 2}
     record.details["parameters"] = parameters
     record.card_only["pattern"] = "2:4"
-    save_proven(
-        model, folder, ids, record, tokenizer=tokenizer, max_shard_size=files.max_shard_size
-    )
+
+
+def _save_masks(
+    masks: dict[str, torch.Tensor], folder: Path, record: RunRecord, files: SparsifyFiles
+) -> None:
     about = {"source_model": record.model, "method": record.method or ""}
     if isinstance(record.settings, SparsifyConfig) and record.settings.update_weights:
         about["weights"] = "updated, and not in this file"
     save_masks(folder / OWN_FOLDER / MASKS_FILE, masks, about)
     out, file = files.output, Path(str(files.output)) / OWN_FOLDER / MASKS_FILE
+    weights = sum(mask.numel() for mask in masks.values())
     record.summary = (
         f"2:4 in {len(masks)} linears: {weights // 2:,} of their {weights:,} weights are zero\n"
         f"stock {record.model_class} in {out}, equal when read back; its masks in {file}; "

@@ -11,7 +11,7 @@ import errno
 import os
 import shutil
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from maskprune.hf.checkpoint_files import save_stock, write_stock_files
 from maskprune.hf.load import gguf_file, load_model, resolve_model
 from maskprune.hf.model_card import model_card
 from maskprune.hf.shape import Shape
-from maskprune.streaming.move import Move, Mover
+from maskprune.streaming.move import Mover
 from maskprune.streaming.plan import StreamPlan, plan_stream
 from maskprune.streaming.progress import ByteProgress
 from maskprune.streaming.safetensors_file import INDEX_NAME, index_json, parse_size
@@ -96,7 +96,7 @@ def export_checkpoint(
     shard_size = parse_size(max_shard_size)
     masks = load_masks(masks_file)
     shape = final_shape(masks)
-    source = _source_folder(src_dir)
+    source = source_folder(src_dir)
     try:
         with locked(out):
             if gguf_file(source):
@@ -106,9 +106,8 @@ def export_checkpoint(
             plan = plan_stream(source, masks, shape, shard_size, adapter, arch_fallback)
             _require_space(out, plan.bytes_written)
             with new_folder(out, overwrite) as building:
-                _write_weights(plan, building, progress, backend)
                 card = _card(source, masks, shape, plan.parameters)
-                write_stock_files(building, plan.config, source=source, model_card=card)
+                write_stream(plan, building, source, card, progress=progress, backend=backend)
     except OSError as error:
         raise _explained(error, out) from error
     return Exported(
@@ -116,7 +115,12 @@ def export_checkpoint(
     )
 
 
-def _source_folder(name: str | Path) -> Path:
+def source_folder(name: str | Path) -> Path:
+    """The checkpoint folder that a name means; fetched, if it is a hub id.
+
+    Raises:
+        ValueError: there is none.
+    """
     where = resolve_model(name)
     if Path(where).is_dir():
         return Path(where)
@@ -131,6 +135,20 @@ def _source_folder(name: str | Path) -> Path:
             f"model {where} is no folder here and could not be fetched from the hub ({first}); "
             "give a local checkpoint folder"
         ) from None
+
+
+def write_stream(
+    plan: StreamPlan,
+    folder: Path,
+    source: Path,
+    card: str | None = None,
+    *,
+    progress: bool = True,
+    backend: str = "auto",
+) -> None:
+    """Write the stock checkpoint that was planned for `source` into a folder."""
+    _write_weights(plan, folder, progress, backend)
+    write_stock_files(folder, plan.config, source=source, model_card=card)
 
 
 def _write_weights(plan: StreamPlan, folder: Path, progress: bool, backend: str) -> None:
@@ -150,7 +168,7 @@ def _write_weights(plan: StreamPlan, folder: Path, progress: bool, backend: str)
                     if path not in sources:
                         sources[path] = os.open(path, os.O_RDONLY)
                         stack.callback(os.close, sources[path])
-                    placed = Move(move.source, tensor, move.cut, move.lora)
+                    placed = replace(move, target=tensor)
                     mover.move(placed, sources[path], file.fileno())
                 os.fsync(file.fileno())
     if len(plan.shards) > 1:

@@ -27,12 +27,16 @@ PIECE_BYTES = 1 << 26
 
 @dataclass(frozen=True)
 class Move:
-    """What becomes of one tensor: `source` cut (None: as it is), with an adapter merged first."""
+    """What becomes of one tensor: `source` cut (None: as it is), with an adapter merged first.
+
+    Or, with a mask of the source's shape, +0.0 where that is False.
+    """
 
     source: Stored
     target: Planned
     cut: Cut | None = None
     lora: Lora | None = None
+    mask: torch.Tensor | None = None
 
     @property
     def bytes_read(self) -> int:
@@ -63,7 +67,7 @@ class Mover:
         for begin in range(0, job.rows, rows_a_piece):
             end = min(job.rows, begin + rows_a_piece)
             try:
-                if self.compiled is None or factors is not None:
+                if self.compiled is None or factors is not None or move.mask is not None:
                     self._by_block(job, move, factors, begin, end, source, target)
                 else:
                     self._compiled(job, begin, end, source, target)
@@ -129,6 +133,8 @@ class Mover:
             if job.dtype_code != BYTES:
                 w = torch.frombuffer(raw, dtype=TORCH_DTYPES[move.source.dtype])
                 w = w.reshape(stop - start, job.width)
+                if move.mask is not None:
+                    w.masked_fill_(~move.mask[start:stop], 0.0)
                 raw = _bytes_of(job.transform(w, start, first, last, factors, move.lora))
             _write_all(target, raw, job.out_at + first * job.out_bytes)
 
@@ -160,7 +166,7 @@ class _Job:
     @staticmethod
     def of(move: Move) -> _Job:
         source, cut = move.source, move.cut
-        if cut is None and move.lora is None:
+        if cut is None and move.lora is None and move.mask is None:
             return _Job(source.start, move.target.start, source.size, 1, 1, 1)
         dtype = TORCH_DTYPES[source.dtype]
         rows, width = (*source.shape, 1)[:2]

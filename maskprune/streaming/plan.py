@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 
 from maskprune.hf.families import FAMILIES, Family, family_of
 from maskprune.hf.pruned_config import target_config, zero_tensors
-from maskprune.hf.shape import Shape
+from maskprune.hf.shape import Shape, shape_of
 from maskprune.streaming.lora import TORCH_DTYPES, Lora, read_adapter
 from maskprune.streaming.move import Move
 from maskprune.streaming.safetensors_file import (
@@ -84,19 +84,11 @@ def plan_stream(
         ValueError: they do not, or the checkpoint is quantised, damaged or not a known family.
     """
     config = _read_config(source)
-    stored = read_checkpoint(source)
-    _refuse_quantised(source, stored)
+    stored = _read_stored(source)
     require_same_model(masks, config, str(source))
     small = target_config(config, shape, arch_fallback)
-    skeleton = _skeleton(small)
-    small.architectures = [type(skeleton).__name__]
-    expected = {name: tuple(t.shape) for name, t in skeleton.state_dict().items()}
-    tied = dict(getattr(skeleton, "all_tied_weights_keys", None) or {})
-    family = family_of(config)
-    disk_names = _disk_names(stored, expected, skeleton.base_model_prefix, family)
-    found = {name: stored[on_disk] for name, on_disk in disk_names.items()}
-    _keep_tied(found, tied)
-
+    layout = _Layout.of(small, stored, family_of(config))
+    found = layout.found
     cuts, whole = cuts_by_name(masks, small.model_type), _whole_sizes(masks, found)
     zeros = set(zero_tensors(config, small))
     loras = read_adapter(Path(adapter)) if adapter is not None else {}
@@ -104,32 +96,114 @@ def plan_stream(
     moves: dict[str, Move] = {}
     planned: list[Planned] = []
     used = set()
-    # transformers writes in this order where names on disk are others.
-    for name in sorted(expected, key=_natural) if family.on_disk else expected:
-        shape_out = expected[name]
+    for name, shape_out in layout.expected.items():
         if name in zeros:
             dtype = planned[-1].dtype  # of the weight that this is the bias of
             planned.append(Planned(name, dtype, shape_out, byte_size(dtype, list(shape_out))))
             continue
         cut = cuts.get(name)
         given = cut.source if cut is not None and cut.source else name
-        if given not in found:
-            if name in tied:
-                continue
-            raise ValueError(
-                f"{source} lacks tensor {given}; its config.json promises it; the checkpoint is "
-                "half-written or of another architecture: fetch it again"
-            )
+        if not layout.has(source, given, name):
+            continue
         target = _result(found[given], name, cut, whole.get(given), shape_out)
-        if family.on_disk:
-            target = replace(target, name=disk_names.get(name, name))
+        target = replace(target, name=layout.written_as(name))
         planned.append(target)
         moves[target.name] = Move(found[given], target, cut, loras.get(given))
         used.add(given)
     dropped = tuple(sorted(set(found) - used))
     shards = plan_shards(planned, shard_size)
-    parameters = int(skeleton.num_parameters())
-    return StreamPlan(shape, small, moves, shards, parameters, dropped)
+    return StreamPlan(shape, small, moves, shards, layout.parameters, dropped)
+
+
+def plan_two_four(source: Path, masks: Mapping[str, torch.Tensor], shard_size: int) -> StreamPlan:
+    """Lay out a checkpoint whose masked weights become 0 and whose other bytes stay.
+
+    Args:
+        masks: (O, I) bool by the name of the linear; none, to see whether the rest can be done.
+
+    Raises:
+        ValueError: checkpoint and masks do not belong together, or the checkpoint is quantised,
+            damaged or not a known family.
+    """
+    config = _read_config(source)
+    family = family_of(config)
+    layout = _Layout.of(config, _read_stored(source), family)
+    waiting = {f"{name}.weight": m.T if family.transposed else m for name, m in masks.items()}
+    moves: dict[str, Move] = {}
+    planned: list[Planned] = []
+    for name, shape in layout.expected.items():
+        if not layout.has(source, name, name):
+            continue
+        tensor, mask = layout.found[name], waiting.pop(name, None)
+        if mask is not None and (tuple(mask.shape) != shape or tensor.dtype not in TORCH_DTYPES):
+            raise ValueError(
+                f"the mask of {name} is {tuple(mask.shape)} and the weight {tensor.dtype} "
+                f"{list(shape)} in {source}; use masks that were made for this model"
+            )
+        target = replace(_result(tensor, name, None, None, shape), name=layout.written_as(name))
+        planned.append(target)
+        moves[target.name] = Move(tensor, target, mask=mask)
+    if waiting:
+        raise ValueError(
+            f"there is a mask of {next(iter(waiting))}, which {source} does not have; use masks "
+            "that were made for this model"
+        )
+    shards = plan_shards(planned, shard_size)
+    return StreamPlan(shape_of(config), config, moves, shards, layout.parameters, ())
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """The tensors that a model of some config needs, and where a checkpoint has them.
+
+    expected: shapes by the model's own names, in the order in which they are written. found: the
+    checkpoint's tensors by these names. disk_names: what it calls them.
+    """
+
+    family: Family
+    expected: dict[str, tuple[int, ...]]
+    found: dict[str, Stored]
+    disk_names: dict[str, str]
+    tied: dict[str, str]
+    parameters: int
+
+    @staticmethod
+    def of(config: Any, stored: dict[str, Stored], family: Family) -> _Layout:
+        """Of a model of `config`, whose architecture is noted in it."""
+        skeleton = _skeleton(config)
+        config.architectures = [type(skeleton).__name__]
+        expected = {name: tuple(t.shape) for name, t in skeleton.state_dict().items()}
+        tied = dict(getattr(skeleton, "all_tied_weights_keys", None) or {})
+        disk_names = _disk_names(stored, expected, skeleton.base_model_prefix, family)
+        found = {name: stored[on_disk] for name, on_disk in disk_names.items()}
+        _keep_tied(found, tied)
+        # transformers writes in this order where names on disk are others.
+        if family.on_disk:
+            expected = {name: expected[name] for name in sorted(expected, key=_natural)}
+        return _Layout(family, expected, found, disk_names, tied, int(skeleton.num_parameters()))
+
+    def has(self, source: Path, given: str, name: str) -> bool:
+        """Whether tensor `given`, of which `name` is made, is there; one that is tied need not be.
+
+        Raises:
+            ValueError: it is not.
+        """
+        if given not in self.found and name not in self.tied:
+            raise ValueError(
+                f"{source} lacks tensor {given}; its config.json promises it; the checkpoint is "
+                "half-written or of another architecture: fetch it again"
+            )
+        return given in self.found
+
+    def written_as(self, name: str) -> str:
+        """The name of a tensor in the result."""
+        return self.disk_names.get(name, name) if self.family.on_disk else name
+
+
+def _read_stored(source: Path) -> dict[str, Stored]:
+    stored = read_checkpoint(source)
+    _refuse_quantised(source, stored)
+    return stored
 
 
 def _read_config(source: Path) -> Any:

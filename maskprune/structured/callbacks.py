@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import TrainerCallback
 
 from maskprune.structured.minimax import Minimax
 from maskprune.structured.signal import MaskSignal
+from maskprune.training.sharding import clip_gradients
 
 
 class PruneCallback(TrainerCallback):
@@ -33,7 +33,7 @@ class PruneCallback(TrainerCallback):
             mask_ids = {id(p) for p in self.solver.masks.parameters()}
             model: nn.Module = kw["model"]
             weights = [p for p in model.parameters() if p.requires_grad and id(p) not in mask_ids]
-            torch.nn.utils.clip_grad_norm_(weights, self.max_grad_norm)
+            clip_gradients(weights, self.max_grad_norm)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         self.solver.step()

@@ -22,6 +22,7 @@ from maskprune.structured.masks import Masks
 from maskprune.structured.saliency import Observer, batches
 from maskprune.training.distributed import sum_shares, world_size
 from maskprune.training.progress import Report
+from maskprune.training.sharding import set_whole, whole
 
 Place = tuple[str, int]
 
@@ -194,18 +195,20 @@ def _start(
     module: Any, H: torch.Tensor, m: torch.Tensor, transposed: bool
 ) -> Iterator[nn.Parameter]:
     """Put the compensation into the first active adapter of a PEFT LoRA layer, 0 into others."""
-    weight = module.base_layer.weight
+    weight = whole(module.base_layer.weight)
     names = [name for name in module.active_adapters if name in module.lora_A]
     for number, name in enumerate(names):
-        a, b = module.lora_A[name].weight, module.lora_B[name].weight
+        parameters = module.lora_A[name].weight, module.lora_B[name].weight
+        a, b = (whole(p.detach()).clone() for p in parameters)
         # Directions that are not needed stay as an adapter starts: A random, B zero.
         b.zero_()
         if number == 0:
             A, B = low_rank_compensation(weight.T if transposed else weight, H, m, a.shape[0])
             a[: A.shape[0]] = A
             b[:, : A.shape[0]] = B / module.scaling[name]
-        if world_size() > 1:
-            # Every rank must go on from the same bits.
-            for p in (a, b):
-                torch.distributed.broadcast(p, 0)
-        yield from (a, b)
+        for p, value in zip(parameters, (a, b), strict=True):
+            if world_size() > 1:
+                # Every rank must go on from the same bits.
+                torch.distributed.broadcast(value, 0)
+            set_whole(p, value)
+        yield from parameters

@@ -31,15 +31,22 @@ from maskprune.structured.saliency import one_shot, warm_start
 from maskprune.structured.signal import MaskSignal
 from maskprune.training.checkpoints import (
     load_solver,
-    mark_complete,
     open_run,
     require_checkpoint_space,
     save_solver,
     temporary_folder,
 )
 from maskprune.training.data import block_order
-from maskprune.training.distributed import as_forward, barrier, on_first, rank
+from maskprune.training.distributed import as_forward, on_first, rank
 from maskprune.training.progress import note, reporting
+from maskprune.training.sharding import (
+    device_of_run,
+    has_states,
+    load_adapter,
+    load_trained,
+    shard_blocks,
+    shards,
+)
 from maskprune.training.trace import TraceCallback
 from maskprune.training.trainer import (
     Blocks,
@@ -65,9 +72,11 @@ SETTLED_WARMUP = 0.05
 class PruneResult:
     """What `prune` gives back.
 
-    model: the stock pruned model. masks: attached to `masked_model`, pruned units exactly 0.
-    shape: the uniform shape. trace: a row per logged step. residuals: largest pruned mask before
-    it was set to 0, per kind. masked_model: the PEFT model under its masks, for the proof.
+    model: the stock pruned model; None where no process holds all of it (`--shard full`), then
+    `export_checkpoint` makes it from masks and adapter. masks: attached to `masked_model`, pruned
+    units exactly 0. shape: the uniform shape. trace: a row per logged step. residuals: largest
+    pruned mask before it was set to 0, per kind. masked_model: the PEFT model under its masks, for
+    the proof.
     """
 
     model: Any
@@ -154,7 +163,7 @@ class PruneTrainer(BlockTrainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        core: Any = self.model
+        core = self.core
 
         def forward(ids: torch.Tensor) -> DistillLoss:
             config = self.config
@@ -189,18 +198,19 @@ class PruneTrainer(BlockTrainer):
             **(self.signal.row(self.solver) if self.signal else {}),
         }
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self.require_finite()
-        super()._save_checkpoint(model, trial)
-        barrier()
-        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        if self.is_world_process_zero():
-            save_solver(folder, dict(self.masks.named_parameters()), self.solver.state_dict())
-            mark_complete(folder)
+    def save_whole(self, folder: Path) -> None:
+        """Masks and solver, which no run shards."""
+        save_solver(folder, dict(self.masks.named_parameters()), self.solver.state_dict())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        values, state = load_solver(Path(resume_from_checkpoint))
+        folder, core = Path(resume_from_checkpoint), self.core
+        if has_states(folder):
+            load_trained(folder, core)
+        elif self.sharded:
+            load_adapter(folder, core)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        values, state = load_solver(folder)
         for name, parameter in self.masks.named_parameters():
             parameter.data.copy_(values[name])
         self.solver.load_state_dict(state)
@@ -295,6 +305,7 @@ def prune(
         raise ValueError("the model has adapters already; merge them first: merge_and_unload()")
     require_trainable_dtype(core)
     join_run(config, core)
+    sharded = shards(config, core.config)
     quiet = quiet or rank() > 0
     budget = Budget.of(core, config)
     most = max(128, text_config(core.config).hidden_size)
@@ -309,7 +320,7 @@ def prune(
     order = block_order(len(blocks), config.batch_size, steps, config.seed, seq_len=config.seq_len)
 
     set_seed(config.seed)
-    device = next(core.parameters()).device
+    device = device_of_run(core, sharded)
     text_config(core.config).use_cache = False
     targets = [name.strip() for name in config.lora_targets.split(",")]
     family = family_of(core.config)
@@ -335,6 +346,12 @@ def prune(
     if config.gradient_checkpointing:
         checkpoint_activations(core)
     masks = attach_masks(peft_model, config.head_unit)
+    learned = config.method == "maskprune"
+    masks.requires_grad_(learned)
+    # A family that keeps its heads has no head masks, and DDP waits for no gradient of them.
+    masks.head.requires_grad_(learned and masks.head.numel() > 0)
+    if sharded:
+        shard_blocks(peft_model, device)
     if obstacle := head_of(core).obstacle:
         note(f"{obstacle}: the loss needs whole logits, and their memory", quiet)
     solver = _solver(masks, budget, steps, config)
@@ -347,10 +364,6 @@ def prune(
         checkpoint = on_first(lambda: open_run(run, resume))
         if checkpoint is None:
             require_checkpoint_space(run, (p for p in core.parameters() if p.requires_grad))
-        learned = config.method == "maskprune"
-        masks.requires_grad_(learned)
-        # A family that keeps its heads has no head masks, and DDP waits for no gradient of them.
-        masks.head.requires_grad_(learned and masks.head.numel() > 0)
         sample = blocks[: config.warm_start_blocks].to(device)
 
         def computing() -> torch.autocast:
@@ -390,7 +403,7 @@ def prune(
             own.append(lock)
         trainer = PruneTrainer(
             model=peft_model,
-            args=training_arguments(config, run, steps, device, autocast),
+            args=training_arguments(config, run, steps, device, autocast, sharded),
             train_dataset=Blocks(blocks, order),
             callbacks=[*own, *callbacks, trace],
             masks=masks,
@@ -408,7 +421,7 @@ def prune(
     peft_model.eval()
     text_config(core.config).use_cache = True
     return PruneResult(
-        model=export(peft_model, masks, arch_fallback=config.arch_fallback),
+        model=None if sharded else export(peft_model, masks, arch_fallback=config.arch_fallback),
         masks=masks,
         shape=solver.shape(),
         trace=trace.rows,

@@ -23,8 +23,9 @@ from maskprune.hf.families import (
 )
 from maskprune.structured.budget import Budget, Split
 from maskprune.structured.masks import Masks
-from maskprune.training.distributed import own_share, sum_shares
+from maskprune.training.distributed import own_batches, sum_shares
 from maskprune.training.progress import Report
+from maskprune.training.sharding import is_sharded, whole
 
 WARM_STARTS = ("none", "wanda-sp", "taylor")
 
@@ -81,7 +82,7 @@ def batches(
     blocks: torch.Tensor, progress: Report | None = None, earlier: int = 0, passes: int = 1
 ) -> Iterator[torch.Tensor]:
     """This rank's share of `blocks` (n, T), about `TOKENS_AT_ONCE` tokens at once."""
-    parts = own_share(blocks).split(max(1, TOKENS_AT_ONCE // blocks.shape[1]))
+    parts = own_batches(blocks, max(1, TOKENS_AT_ONCE // blocks.shape[1]))
     for done, ids in enumerate(parts, start=1 + earlier * len(parts)):
         yield ids
         if progress is not None:
@@ -136,7 +137,9 @@ def taylor(
 
     generator = torch.Generator(device).manual_seed(seed)
     training = model.training
-    frozen = [p for p in model.parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    # FSDP2 does not follow such a change.
+    frozen = [] if is_sharded(model) else trained
     for p in frozen:
         p.requires_grad_(False)
     model.eval()
@@ -159,6 +162,8 @@ def taylor(
         model.train(training)
         for p in frozen:
             p.requires_grad_(True)
+        for p in trained:
+            p.grad = None
     sum_shares(blocks, head, ffn)
     return head, ffn
 
@@ -197,7 +202,7 @@ def wanda_sp(
     for index, layer in enumerate(layers_of(model)):
         for kind, module in _outputs(layer, family).items():
             weight: Any = getattr(module, "base_layer", module).weight
-            columns = weight.float().abs().mean(1 if family.transposed else 0)
+            columns = whole(weight).float().abs().mean(1 if family.transposed else 0)
             score = columns * squares[kind, index].sqrt()
             if kind == "head":
                 head[index] = score.view(shape.heads, shape.head_dim).sum(1)

@@ -94,6 +94,13 @@ def open_run(run: Path, resume: bool) -> Path | None:
     return latest(run) if resume else None
 
 
+def remove_old(run: Path, keep: int | None) -> None:
+    """Remove all but the last `keep` checkpoints of a run, the one in the making counted."""
+    names = [folder.name.removeprefix("checkpoint-") for folder in run.glob("checkpoint-*")]
+    for step in sorted(int(name) for name in names if name.isdigit())[: -keep if keep else 0]:
+        shutil.rmtree(run / f"checkpoint-{step}")
+
+
 def newest(run: Path) -> Path | None:
     """The newest whole checkpoint of a run; nothing is changed."""
     found = [

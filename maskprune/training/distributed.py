@@ -164,6 +164,18 @@ def own_share(blocks: torch.Tensor) -> torch.Tensor:
     return blocks[rank() :: size] if len(blocks) >= size > 1 else blocks
 
 
+def own_batches(blocks: torch.Tensor, most: int) -> list[torch.Tensor]:
+    """`own_share(blocks)` in batches of about `most`, on every rank the same number of them.
+
+    Of a sharded model every forward is one of all ranks.
+    """
+    own, size = own_share(blocks), world_size()
+    if size == 1:
+        return list(own.split(most))
+    least = len(blocks) // size if len(blocks) >= size else len(blocks)
+    return list(own.tensor_split(-(-least // most)))
+
+
 def sum_shares(blocks: torch.Tensor, *sums: torch.Tensor) -> None:
     """Add up, in place, what each rank summed over its `own_share(blocks)`."""
     if len(blocks) >= world_size() > 1:

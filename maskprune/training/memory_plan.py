@@ -1,17 +1,18 @@
 """Bytes that training takes on each device, from config.json alone; the formulas of docs/scale.md.
 
-Legend: n devices, each with the whole model - T tokens of one device's micro-batch - c bytes of a
-computed number - d hidden size, q = H d_h, k = G d_h, F FFN width, V vocabulary, L layers - P
-parameters - A adapter parameters - S weights under 2:4 masks.
+Legend: n devices, each with the whole model or, sharded, with its part of the blocks - T tokens of
+one device's micro-batch - c bytes of a computed number - d hidden size, q = H d_h, k = G d_h, F FFN
+width, V vocabulary, L layers - P parameters - A adapter parameters - S weights under 2:4 masks.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 
+from maskprune.config import PlanConfig, PruneConfig, SparsifyConfig
 from maskprune.hf.families import attention_output, family_of, ffn_output, layers_of, text_config
 from maskprune.hf.shape import shape_of
 
@@ -30,7 +31,14 @@ class Load:
     lora_r: int = 8
     output_r: int = 128
     gradient_checkpointing: bool = False
+    sharded: bool = False
     computed: int = 2
+
+
+def load_of(settings: PruneConfig | SparsifyConfig | PlanConfig) -> Load:
+    """The part of a command's settings that memory depends on."""
+    known = {f.name: getattr(settings, f.name) for f in fields(Load) if hasattr(settings, f.name)}
+    return Load(**({"two_four": isinstance(settings, SparsifyConfig)} | known))
 
 
 def memory_parts(config: Any, load: Load, gpus: int) -> dict[str, int]:
@@ -64,8 +72,9 @@ def memory_parts(config: Any, load: Load, gpus: int) -> dict[str, int]:
         shape.layers,
     )
     q, k, V = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, text.vocab_size
-    A = S = r_in = r_out = 0
+    A = S = r_in = r_out = blocks = 0
     for block in layers_of(model):
+        blocks += sum(p.numel() for p in block.parameters()) * size
         outputs = [ffn_output(block, family)]
         if family.prunes_heads:
             outputs.append(attention_output(block, family))
@@ -85,13 +94,20 @@ def memory_parts(config: Any, load: Load, gpus: int) -> dict[str, int]:
     else:
         layer = T * (2 * 4 * d + c * (2 * d + 4 * q + 2 * k + 5 * F + r_layer))
     kept = layer + L * T * d * c if load.gradient_checkpointing else L * layer
+    weights = sum(p.numel() for p in model.parameters()) * size
+    n = gpus if load.sharded else 1
+    gathered = 0
+    if n > 1:
+        # This block and the next one, whole; of this one the gradient, and what of it is sent.
+        gathered = (2 * (blocks + 4 * trained) + 2 * 4 * trained) // L
     masks = 0 if load.two_four else 16 * L * (shape.ffn + family.prunes_heads * shape.kv_heads)
     return {
-        "weights": sum(p.numel() for p in model.parameters()) * size,
-        "logits of 2:4 masks" if load.two_four else "adapters": 4 * trained,
-        "their gradient": 4 * trained,
-        "their moments": 8 * trained,
-        "buckets that DDP sends": 4 * trained if gpus > 1 else 0,
+        "weights": weights - blocks + blocks // n,
+        "logits of 2:4 masks" if load.two_four else "adapters": 4 * trained // n,
+        "their gradient": 4 * trained // n,
+        "their moments": 8 * trained // n,
+        "buckets that DDP sends": 4 * trained if gpus > n else 0,
+        "gathered blocks": gathered,
         "masks, gradient, moments": masks,
         "activations": kept,
         # Of the language model's loss or of the KL: logits, float32 log-softmax, gradient.
@@ -110,43 +126,62 @@ def largest_micro_batch(config: Any, load: Load, gpus: int, room: float) -> int 
     return next((n for n in range(per_device, 0, -1) if per_device % n == 0 and fits(n)), None)
 
 
-def render_memory(config: Any, load: Load, gpus: int, gpu_memory: float) -> str:
+def does_not_fit(config: Any, load: Load, gpus: int, memory: float) -> bool:
+    """Whether a run takes more than what of `memory` bytes is counted on, on each device."""
+    return sum(memory_parts(config, load, gpus).values()) > USABLE * memory
+
+
+def render_memory(
+    config: Any, load: Load, gpus: int, gpu_memory: float, shard: str = "auto"
+) -> str:
     """The parts as text, whether they fit, and what would.
 
     Args:
         gpu_memory: GB of one device.
+        shard: `none`, `full`, or `auto`: full where the whole model on each does not fit.
     """
-    parts, room = memory_parts(config, load, gpus), USABLE * gpu_memory * 1e9
+    ways = {"none": [False], "full": [True], "auto": [False, True]}[shard]
+    memory = gpu_memory * 1e9
+    tried = [replace(load, sharded=sharded and gpus > 1) for sharded in ways]
+    chosen = next((way for way in tried if not does_not_fit(config, way, gpus, memory)), tried[-1])
+    parts, room = memory_parts(config, chosen, gpus), USABLE * memory
     total = sum(parts.values())
     lines = [f"memory of each of {gpus} devices in training, GB"]
     lines += [f"  {name:26}{value / 1e9:10.3f}" for name, value in parts.items()]
     lines.append(f"  {'together':26}{total / 1e9:10.3f}")
+    held = "each holds its part of the blocks (--shard full)"
     lines.append(
         f"{'fits' if total <= room else 'does not fit'} {gpu_memory:g} GB, of which "
-        f"{room / 1e9:.1f} are counted on; every device holds the whole model"
+        f"{room / 1e9:.1f} are counted on; "
+        + (held if chosen.sharded else "every device holds the whole model")
     )
-    numbers = [n for n in range(1, load.batch_size + 1) if load.batch_size % n == 0]
-    least: int | None = None
-    for n in numbers:
-        most = largest_micro_batch(config, load, n, room)
-        if most is not None and least is None:
-            least = n
-            steps = load.batch_size // (n * most)
-            lines.append(
-                f"least number of devices: {n}, with --gradient-accumulation {steps} or more"
-            )
-            break
+    least = _least_devices(config, load, ways, room)
+    if least is not None:
+        lines.append(f"least number of devices: {least}")
     if total > room:
-        most = largest_micro_batch(config, load, gpus, room) if load.batch_size % gpus == 0 else 0
+        most = largest_micro_batch(config, chosen, gpus, room) if load.batch_size % gpus == 0 else 0
         if most:
             steps = load.batch_size // (gpus * most)
             lines.append(f"on {gpus} devices it fits with --gradient-accumulation {steps}")
         elif not load.gradient_checkpointing:
             lines.append("try --gradient-checkpointing")
     if least is None:
-        states = sum(v for n, v in parts.items() if n not in ("activations", *list(parts)[-1:]))
+        last = [*parts][-1]
+        states = sum(v for name, v in parts.items() if name not in ("activations", last))
         lines.append(
-            f"no number of devices is enough: what each must hold whatever the batch is "
-            f"{states / 1e9:.3g} GB, and one sequence more"
+            f"no number of devices up to --batch-size is enough: on {gpus}, what each must hold "
+            f"whatever the batch is {states / 1e9:.3g} GB, and one sequence more"
         )
     return "\n".join(lines)
+
+
+def _least_devices(config: Any, load: Load, ways: list[bool], room: float) -> str | None:
+    """The smallest number of devices on which a run fits, and how; None where there is none."""
+    for n in (n for n in range(1, load.batch_size + 1) if load.batch_size % n == 0):
+        for sharded in ways if n > 1 else [False]:
+            most = largest_micro_batch(config, replace(load, sharded=sharded), n, room)
+            if most is not None:
+                how = ", with --shard full" if sharded else ""
+                steps = load.batch_size // (n * most)
+                return f"{n}{how}, with --gradient-accumulation {steps} or more"
+    return None

@@ -15,9 +15,17 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from maskprune.hf.families import text_config
 from maskprune.hf.shape import require_positions
+from maskprune.training.checkpoints import mark_complete, remove_old
 from maskprune.training.data import token_blocks
-from maskprune.training.distributed import mean, on_first, start, world_size
+from maskprune.training.distributed import barrier, mean, on_first, start, world_size
 from maskprune.training.interrupt import StopCallback, training_loop
+from maskprune.training.sharding import (
+    has_states,
+    is_sharded,
+    load_moments,
+    save_states,
+    spread_moments,
+)
 from maskprune.training.speed import bfloat16_is_faster
 
 
@@ -43,6 +51,8 @@ class BlockTrainer(Trainer):
 
     def __init__(self, *args: Any, **kw: Any) -> None:
         super().__init__(*args, **kw)
+        core: Any = self.model
+        self.core, self.sharded = core, is_sharded(core)
         self.model_accepts_loss_kwargs = False
         self.last_loss: dict[str, torch.Tensor] = {}
         self.remove_callback(PrinterCallback)
@@ -61,6 +71,47 @@ class BlockTrainer(Trainer):
     def _get_train_sampler(self, *_: Any) -> Any:
         blocks: Any = self.train_dataset
         return SequentialSampler(blocks)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.require_finite()
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        if self.sharded:
+            self._save_sharded(folder)
+        else:
+            super()._save_checkpoint(model, trial)
+        barrier()
+        if self.is_world_process_zero():
+            self.save_whole(folder)
+            mark_complete(folder)
+
+    def save_whole(self, folder: Path) -> None:
+        """On rank 0, write what a checkpoint of either format holds beside weights and moments."""
+
+    def _save_sharded(self, folder: Path) -> None:
+        on_first(lambda: folder.mkdir(exist_ok=True))
+        self._save_rng_state(str(folder))
+        optimizer: Any = self.optimizer
+        save_states(folder, self.core, optimizer.optimizer)
+        if self.is_world_process_zero():
+            schedule: Any = self.lr_scheduler
+            torch.save(schedule.state_dict(), folder / "scheduler.pt")
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+            remove_old(folder.parent, self.args.save_total_limit)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        if checkpoint is None or not (self.sharded or has_states(Path(checkpoint))):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        folder = Path(checkpoint)
+        prepared: Any = self.optimizer
+        schedule: Any = self.lr_scheduler
+        optimizer = prepared.optimizer
+        if has_states(folder):
+            load_moments(folder, self.core, optimizer)
+        else:
+            saved = torch.load(folder / "optimizer.pt", mmap=True, weights_only=True)
+            optimizer.load_state_dict(spread_moments(saved, optimizer))
+        schedule.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
 
     def require_finite(self) -> None:
         """Raise on a NaN or infinite loss of any rank; synchronises with all and the device.
@@ -175,9 +226,16 @@ def join_run(config: Any, model: Any) -> None:
 
 
 def training_arguments(
-    config: Any, run: Path, steps: int, device: torch.device, autocast: bool
+    config: Any,
+    run: Path,
+    steps: int,
+    device: torch.device,
+    autocast: bool,
+    sharded: bool = False,
 ) -> TrainingArguments:
     micro = config.batch_size // config.gradient_accumulation
+    # Else each process would hold the gradient of the whole model until the last micro-batch.
+    accumulation = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
     arguments = TrainingArguments(
         output_dir=str(run),
         max_steps=steps,
@@ -190,6 +248,9 @@ def training_arguments(
         save_strategy="steps",
         save_steps=config.save_steps,
         save_total_limit=2,
+        # Trainer knows no other checkpoint of a sharded model; `BlockTrainer` writes its own.
+        save_only_model=sharded,
+        accelerator_config=accumulation if sharded else None,
         logging_strategy="no",
         report_to=[],
         log_level_replica="error",

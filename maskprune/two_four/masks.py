@@ -12,10 +12,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
-from maskprune.hf.families import require_causal_lm, stock_model
+from maskprune.hf.families import layers_of, require_causal_lm, stock_model
 from maskprune.ops import gumbel_two_four
+from maskprune.training.distributed import rank
+from maskprune.training.sharding import Sharder, own_part, whole
 from maskprune.two_four.patterns import CANDIDATES, mask_of, oriented, prunable
 
 MODES = ("sample", "hard", "off")
@@ -58,10 +61,10 @@ class TwoFourMasks:
     candidate of each group; `off`, the dense weights. Weights stay frozen throughout.
     """
 
-    def __init__(self, model: nn.Module, seed: int) -> None:
+    def __init__(self, model: nn.Module, seed: int, device: torch.device | None = None) -> None:
         self.mode = "sample"
         self.modules: dict[str, Any] = prunable(model)
-        device = next(model.parameters()).device
+        device = device or next(model.parameters()).device
         self.kappa = torch.tensor(1.0, device=device)
         self.tau = torch.tensor(1.0, device=device)
         numbers = torch.arange(len(self.modules), dtype=torch.int64)
@@ -118,15 +121,25 @@ class TwoFourMasks:
     def dense_norm(self) -> torch.Tensor:
         """Sum over weights of ||W||; 0-dim float32."""
         norms = [
-            module.parametrizations.weight.original.float().norm()
+            whole(module.parametrizations.weight.original.float().norm())
             for module in self.modules.values()
         ]
         return torch.stack(norms).sum()
 
     @torch.no_grad()
     def choice(self) -> dict[str, torch.Tensor]:
-        """The masks: of each group the candidate of the largest logit; (O, I) bool by name."""
-        return {name: mask_of(part.logits.argmax(0)) for name, part in self._parts()}
+        """The masks: of each group the candidate of the largest logit; (O, I) bool by name.
+
+        Of sharded logits every process calls it, and rank 0 has them, on the CPU; others nothing.
+        """
+        chosen = {}
+        for name, part in self._parts():
+            mask = mask_of(whole(part.logits).argmax(0))
+            if not isinstance(part.logits, DTensor):
+                chosen[name] = mask
+            elif rank() == 0:
+                chosen[name] = mask.cpu()
+        return chosen
 
     @torch.no_grad()
     def statistics(self) -> dict[str, float]:
@@ -136,15 +149,17 @@ class TwoFourMasks:
             max_prob: mean over groups of the largest of softmax(kappa pi / tau).
             changed: share of groups whose choice is not that of the last call; 0 at the first.
         """
-        total, changed, groups = 0.0, 0, 0
+        totals = torch.zeros(3, dtype=torch.float64, device=self.kappa.device)
         for name, part in self._parts():
-            largest, best = (part.logits * (self.kappa / self.tau)).softmax(0).max(0)
+            largest, best = (own_part(part.logits) * (self.kappa / self.tau)).softmax(0).max(0)
             best = best.to(torch.uint8)
-            total += float(largest.sum(dtype=torch.float64))
-            if name in self._last:
-                changed += int((best != self._last[name]).sum())
-            groups += best.numel()
+            before = self._last.get(name, best)
+            parts = largest.sum(dtype=torch.float64), (best != before).sum(), best.numel()
+            totals += torch.stack([torch.as_tensor(n, device=totals.device) for n in parts])
             self._last[name] = best
+        if any(isinstance(p, DTensor) for p in self.parameters()):
+            torch.distributed.all_reduce(totals)
+        total, changed, groups = totals.tolist()
         return {"max_prob": total / max(groups, 1), "changed": changed / max(groups, 1)}
 
     def detach(self) -> None:
@@ -195,6 +210,7 @@ def attach_two_four(
     strength: float = 8.0,
     std: float = 0.01,
     seed: int = 0,
+    sharder: Sharder | None = None,
 ) -> TwoFourMasks:
     """Put learnable 2:4 masks on every linear of the blocks, and freeze the weights.
 
@@ -207,6 +223,8 @@ def attach_two_four(
         prior: (O, I) bool masks by name, as `one_shot_masks` gives them; None: no prior.
         strength, std: see `start_logits`.
         seed: of the logits, and of the samples.
+        sharder: spreads each block over the processes of a run as soon as its masks are on it, so
+            that none ever holds all logits.
 
     Returns:
         TwoFourMasks, in mode `sample`.
@@ -223,7 +241,7 @@ def attach_two_four(
     if hasattr(model, "maskprune"):
         raise RuntimeError("the model has masks of attach_masks; call their detach() first")
     require_causal_lm(model)
-    masks = TwoFourMasks(model, seed)
+    masks = TwoFourMasks(model, seed, sharder.device if sharder else None)
     if any(parametrize.is_parametrized(m, "weight") for m in masks.modules.values()):
         raise RuntimeError("the model has 2:4 masks already; call their detach() first")
     shapes = {name: tuple(oriented(m).shape) for name, m in masks.modules.items()}
@@ -237,7 +255,10 @@ def attach_two_four(
             )
     generator = torch.Generator().manual_seed(seed)
     model.requires_grad_(False)
+    waiting = list(layers_of(model))
     for index, (name, module) in enumerate(masks.modules.items()):
+        if sharder is not None and module not in set(waiting[0].modules()):
+            sharder.block(waiting.pop(0))
         pi = start_logits(
             shapes[name],
             None if prior is None else prior[name],
@@ -247,4 +268,8 @@ def attach_two_four(
         ).to(masks.kappa.device)
         part = _Masked(pi, masks._seeds[index], masks, turned=not isinstance(module, nn.Linear))
         parametrize.register_parametrization(module, "weight", part, unsafe=True)
+    if sharder is not None:
+        for block in waiting:
+            sharder.block(block)
+        sharder.rest(model)
     return masks

@@ -25,15 +25,22 @@ from maskprune.hf.equality import (
 from maskprune.hf.families import text_config
 from maskprune.hf.head import head_of, last_hidden_states
 from maskprune.training.checkpoints import (
-    mark_complete,
     open_run,
     require_checkpoint_space,
     temporary_folder,
 )
 from maskprune.training.data import block_order
-from maskprune.training.distributed import as_forward, barrier, on_first, rank
+from maskprune.training.distributed import as_forward, on_first, rank, world_size
 from maskprune.training.losses import hidden_cross_entropy, hidden_kl
 from maskprune.training.progress import note, reporting
+from maskprune.training.sharding import (
+    Sharder,
+    device_of_run,
+    has_states,
+    load_trained,
+    set_whole,
+    shards,
+)
 from maskprune.training.trace import TraceCallback
 from maskprune.training.trainer import (
     Blocks,
@@ -49,7 +56,7 @@ from maskprune.training.trainer import (
 )
 from maskprune.two_four.masks import TwoFourMasks, attach_two_four
 from maskprune.two_four.one_shot import METHODS, one_shot_masks
-from maskprune.two_four.patterns import CANDIDATES, apply_masks, load_masks, prunable
+from maskprune.two_four.patterns import CANDIDATES, apply_masks, load_masks, oriented, prunable
 
 LOGITS_FILE = "logits.safetensors"
 # From 1.5 times the noise a step on (kappa 100), the samples of a short run broke the model.
@@ -64,6 +71,9 @@ class SparsifyResult:
     model: the stock model that was given, masked-out weights set to +0.0. masks: (O, I) bool by
     name of the linear. difference: of its logits and those of the model under the learned masks;
     None for a one-shot method. trace: a row per logged step. steps: 0 for a one-shot method.
+
+    Where no process holds all of the model (`--shard full`), it stays dense under its hard masks,
+    the masks are rank 0's, and the difference is None.
     """
 
     model: Any
@@ -121,7 +131,7 @@ class SparsifyTrainer(BlockTrainer):
         self.drawn = (t, micro)
         # One sample for all ranks: what the logits learn does not depend on how many there are.
         self.masks.draw(t * config.gradient_accumulation + micro)
-        core: Any = self.model
+        core = self.core
 
         def forward(ids: torch.Tensor) -> torch.Tensor:
             fit = self.fit(core, ids)
@@ -162,27 +172,28 @@ class SparsifyTrainer(BlockTrainer):
             {n: p.detach().cpu().contiguous() for n, p in logits.items()}, folder / LOGITS_FILE
         )
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self.require_finite()
-        super()._save_checkpoint(model, trial)
-        barrier()
-        if self.is_world_process_zero():
-            mark_complete(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        from safetensors.torch import load_file
-
-        found = load_file(Path(resume_from_checkpoint) / LOGITS_FILE)
-        own = self.masks.named_parameters()
-        if {n: p.shape for n, p in own.items()} != {n: p.shape for n, p in found.items()}:
-            raise ValueError(
-                f"{resume_from_checkpoint} holds logits of another model; resume with the model "
-                "that the run began with"
-            )
-        for name, parameter in own.items():
-            parameter.data.copy_(found[name])
+        folder = Path(resume_from_checkpoint)
+        if has_states(folder):
+            load_trained(folder, self.core)
+        else:
+            self._load_logits(folder / LOGITS_FILE)
         # What the next row's `changed` counts from.
         self.masks.statistics()
+
+    def _load_logits(self, path: Path) -> None:
+        from safetensors import safe_open
+
+        own = self.masks.named_parameters()
+        with safe_open(path, framework="pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            if {name: tuple(p.shape) for name, p in own.items()} != found:
+                raise ValueError(
+                    f"{path.parent} holds logits of another model; resume with the model that the "
+                    "run began with"
+                )
+            for name, parameter in own.items():
+                set_whole(parameter, file.get_tensor(name))
 
 
 def sparsify(
@@ -247,7 +258,10 @@ def _learn(
     quiet: bool,
 ) -> SparsifyResult:
     require_trainable_dtype(model)
-    device = next(model.parameters()).device
+    sharded = shards(config, model.config)
+    if sharded:
+        require_even(model)
+    device = device_of_run(model, sharded)
     proof = blocks[: min(4, len(blocks))].to(device)
     steps = total_steps(config, len(blocks), epochs=1.0)
     order = block_order(len(blocks), config.batch_size, steps, config.seed, seq_len=config.seq_len)
@@ -266,8 +280,10 @@ def _learn(
             strength=config.prior_strength,
             std=config.logit_std,
             seed=config.seed,
+            sharder=Sharder(device) if sharded else None,
         )
-        stack.callback(masks.detach)
+        if not sharded:
+            stack.callback(masks.detach)
         if config.gradient_checkpointing:
             checkpoint_activations(model)
         if config.loss == "kl" and (obstacle := head_of(model).obstacle):
@@ -276,7 +292,7 @@ def _learn(
         trace = TraceCallback(run / "trace.jsonl", config, quiet, _progress_line)
         trainer = SparsifyTrainer(
             model=model,
-            args=training_arguments(config, run, steps, device, autocast),
+            args=training_arguments(config, run, steps, device, autocast, sharded),
             train_dataset=Blocks(blocks, order),
             callbacks=[trace],
             masks=masks,
@@ -288,14 +304,33 @@ def _learn(
         # Trainer leaves its autocast around forward; the proof must run at full precision.
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         model.eval()
+        chosen = masks.choice()
+        if sharded:
+            masks.mode = "hard"
+            return SparsifyResult(model, chosen, None, trace.rows, steps)
         with masks.seen_as("hard"):
             masked = hidden_states_of(model, proof)
-        chosen = masks.choice()
     apply_masks(model, chosen)
     head = head_of(model)
     difference = difference_of(masked, hidden_states_of(model, proof), head, head)
     require_equal(difference, model.dtype)
     return SparsifyResult(model, chosen, difference, trace.rows, steps)
+
+
+def require_even(model: Any) -> None:
+    """Refuse weights whose outputs the processes of a sharded run do not divide.
+
+    Raises:
+        ValueError: names the first.
+    """
+    for name, module in prunable(model).items():
+        outputs = oriented(module).shape[0]
+        if outputs % world_size():
+            raise ValueError(
+                f"--shard full cuts the logits of 2:4 masks along a weight's outputs, and {name} "
+                f"has {outputs}, which {world_size()} processes do not divide; use another number "
+                "of processes, or --shard none"
+            )
 
 
 def find_prior(

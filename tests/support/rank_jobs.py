@@ -15,8 +15,12 @@ from models import VOCAB, tiny_model
 
 from maskprune.cli import main
 from maskprune.config import PruneConfig, SparsifyConfig
+from maskprune.structured import prune as loop
+from maskprune.structured.distill import DistillLoss, distill
 from maskprune.structured.prune import PruneResult, prune
+from maskprune.training.checkpoints import newest
 from maskprune.training.distributed import barrier, rank
+from maskprune.training.sharding import whole
 from maskprune.two_four.sparsify import SparsifyTrainer, sparsify
 
 COMMON: dict[str, Any] = dict(batch_size=4, seq_len=16, logging_steps=20, autocast="none")
@@ -30,6 +34,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "hidden-checkpointed": dict(alpha=0.04, gradient_checkpointing=True, warm_start="wanda-sp"),
     "ffn-only": dict(family="gpt2", sparsity=0.15, steps=20),
 }
+SHARDED = ("plain", "hidden", "hidden-checkpointed")
 SPARSIFY = COMMON | dict(steps=24, calibration_blocks=8, gradient_accumulation=2)
 
 
@@ -46,26 +51,37 @@ def prune_one(
 
 
 def trained(result: PruneResult) -> dict[str, torch.Tensor]:
-    """Masks and adapters of a run."""
+    """Masks and adapters of a run, and what its trace says of the masks' signal."""
     named = result.masked_model.named_parameters()
-    adapters = {name: p.detach().clone() for name, p in named if "lora_" in name}
-    return adapters | {"head": result.masks.head.detach(), "ffn": result.masks.ffn.detach()}
+    adapters = {name: whole(p.detach()).clone() for name, p in named if "lora_" in name}
+    of_signal = [
+        value
+        for row in result.trace
+        for name, value in sorted(row.items())
+        if name.startswith(("moved_", "signal_"))
+    ]
+    masks = {"head": result.masks.head.detach(), "ffn": result.masks.ffn.detach()}
+    return adapters | masks | {"signal": torch.tensor(of_signal)}
 
 
-def sparsify_one(method: str) -> dict[str, torch.Tensor]:
+def sparsify_one(
+    method: str, run: Path | None = None, resume: bool = False, **changes: Any
+) -> dict[str, torch.Tensor]:
     """The masks that a method chooses, and with maskllm the logits behind them."""
     logits: dict[str, torch.Tensor] = {}
     honest = SparsifyTrainer.train
 
     def train(self: SparsifyTrainer, *args: Any, **kw: Any) -> Any:
         done = honest(self, *args, **kw)
-        logits.update({f"logits {n}": p.detach() for n, p in self.masks.named_parameters().items()})
+        own = self.masks.named_parameters().items()
+        logits.update({f"logits {n}": whole(p.detach()) for n, p in own})
         return done
 
     SparsifyTrainer.train = train  # type: ignore[method-assign]
     try:
-        config = SparsifyConfig(method=method, **SPARSIFY)
-        result = sparsify(tiny_model("llama", num_hidden_layers=2), None, blocks(), config)
+        config = SparsifyConfig(method=method, **(SPARSIFY | changes))
+        model = tiny_model("llama", num_hidden_layers=2)
+        result = sparsify(model, None, blocks(), config, run_dir=run, resume=resume)
     finally:
         SparsifyTrainer.train = honest  # type: ignore[method-assign]
     return result.masks | logits
@@ -74,7 +90,7 @@ def sparsify_one(method: str) -> dict[str, torch.Tensor]:
 def unfinished(run: Path, to: Path) -> Path:
     """A copy of a run's folder from which its last checkpoint is gone."""
     shutil.copytree(run, to)
-    shutil.rmtree(to / "checkpoint-40")
+    shutil.rmtree(newest(to) or to)
     return to
 
 
@@ -83,18 +99,34 @@ def train_all(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     found = {}
     for name, way in WAYS.items():
         found[name] = trained(prune_one(folder / "plain" if name == "plain" else None, **way))
-    return found | {method: sparsify_one(method) for method in ("maskllm", "sparsegpt", "wanda")}
+    found["maskllm"] = sparsify_one("maskllm", folder / "maskllm one", save_steps=12)
+    return found | {method: sparsify_one(method) for method in ("sparsegpt", "wanda")}
 
 
 def train_and_resume(folder: Path, alone: Path) -> None:
     """On two ranks: everything, and the runs of two ranks and of one gone on with by two."""
     found = train_all(folder)
-    for name, source in (("2 to 2", folder / "plain"), ("1 to 2", alone)):
-        copy = folder / f"again from {source.parent.name}"
+    for name in SHARDED:
+        run = folder / "plain sharded" if name == "plain" else None
+        found[f"{name} sharded"] = trained(prune_one(run, shard="full", **WAYS[name]))
+    sharded = dict(shard="full", gradient_checkpointing=True, save_steps=12)
+    found["maskllm sharded"] = sparsify_one("maskllm", folder / "maskllm", **sharded)
+    for name, source, shard in (
+        ("2 to 2", folder / "plain", "none"),
+        ("1 to 2", alone, "none"),
+        ("2 to 2 sharded", folder / "plain sharded", "full"),
+        ("1 to 2 sharded", alone, "full"),
+    ):
+        if rank() == 0:
+            unfinished(source, folder / name)
+        barrier()
+        found[name] = trained(prune_one(folder / name, resume=True, shard=shard, **WAYS["plain"]))
+    for name, source in (("2 to 2", folder / "maskllm"), ("1 to 2", alone.parent / "maskllm one")):
+        copy = folder / f"maskllm {name}"
         if rank() == 0:
             unfinished(source, copy)
         barrier()
-        found[name] = trained(prune_one(copy, resume=True, **WAYS["plain"]))
+        found[copy.name] = sparsify_one("maskllm", copy, resume=True, **sharded)
     torch.save(found, folder / f"found.{rank()}")
     dist.destroy_process_group()
 
@@ -102,6 +134,18 @@ def train_and_resume(folder: Path, alone: Path) -> None:
 def train_on_four(folder: Path) -> None:
     torch.save(trained(prune_one(None, **WAYS["hidden"])), folder / f"found.{rank()}")
     dist.destroy_process_group()
+
+
+def command_with_nan(folder: Path, arguments: list[str]) -> None:
+    """A command line on every rank; the loss of rank 1 is NaN from the first step on."""
+
+    def broken(*args: Any, **kw: Any) -> DistillLoss:
+        loss = distill(*args, **kw)
+        return DistillLoss(loss.total * float("nan"), loss.kl * float("nan"), loss.layer)
+
+    if os.environ["RANK"] == "1":
+        loop.distill = broken
+    command(folder, arguments)
 
 
 def script(folder: Path, path: Path, place: Path, arguments: list[str]) -> None:

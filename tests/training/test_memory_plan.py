@@ -101,6 +101,35 @@ def test_more_devices_share_the_activations_alone():
         memory_parts(config, Load(), 3)
 
 
+@pytest.mark.parametrize("two_four", [False, True])
+def test_sharded_states_fall_with_the_devices(two_four):
+    config = tiny_model("llama", **SIZES).config
+    one = memory_parts(config, Load(two_four=two_four), 1)
+    four = memory_parts(config, Load(two_four=two_four, sharded=True), 4)
+    for name in [*one][1:4]:
+        assert four[name] == one[name] // 4
+    outside = 4 * (2 * config.vocab_size + 1) * SIZES["hidden_size"]
+    assert four["weights"] - outside == (one["weights"] - outside) // 4
+    assert four["gathered blocks"] and not four["buckets that DDP sends"]
+    assert not one["gathered blocks"]
+
+
+def test_plan_shards_what_does_not_fit_whole(tmp_path, capsys):
+    config = tiny_model("llama", **(SIZES | dict(num_hidden_layers=32))).config
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    call = ["plan", str(tmp_path), "--two-four", "--gpus", "8", "--gradient-checkpointing"]
+    call += ["--batch-size", "16", "--seq-len", "64"]
+    for memory, shard, told in (
+        ("80", "auto", "every device holds the whole model"),
+        ("0.03", "auto", "\nfits 0.03 GB"),
+        ("0.03", "auto", "each holds its part of the blocks (--shard full)"),
+        ("0.03", "auto", ", with --shard full, with --gradient-accumulation"),
+        ("0.03", "none", "\ndoes not fit 0.03 GB"),
+    ):
+        assert main([*call, "--gpu-memory", memory, "--shard", shard]) == 0
+        assert told in capsys.readouterr().out
+
+
 def test_plan_says_what_fits_and_what_would(tmp_path, capsys):
     config = tiny_model("llama", **SIZES).config.to_dict()
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -114,6 +143,6 @@ def test_plan_says_what_fits_and_what_would(tmp_path, capsys):
     assert "does not fit 0.03 GB" in said and "on 2 devices it fits with" in said
     call = ["plan", str(tmp_path), "--two-four", "--gpus", "2", "--gpu-memory", "0.001"]
     assert main(call) == 0
-    assert "no number of devices is enough" in capsys.readouterr().out
+    assert "no number of devices up to --batch-size is enough" in capsys.readouterr().out
     assert main(["plan", str(tmp_path), "--two-four"]) == 2
     assert "give --gpus N too" in capsys.readouterr().err
