@@ -271,7 +271,7 @@ def _learn(
         run = Path(run_dir)
         checkpoint = on_first(lambda: open_run(run, resume))
         if checkpoint is None:
-            groups = (module.weight.numel() // 4 for module in prunable(model).values())
+            groups = (module.get_parameter("weight").numel() // 4 for module in prunable(model).values())
             trained = (torch.empty(len(CANDIDATES), n, device="meta") for n in groups)
             require_checkpoint_space(run, trained)
         masks = attach_two_four(
