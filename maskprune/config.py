@@ -6,7 +6,7 @@ Imports nothing heavy, so that `--help` answers at once.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 
@@ -117,14 +117,18 @@ class RunConfig:
         _require_whole_micro_batches(self)
 
 
+# Settings that say how masks are learned: to give one is to ask for it.
+OF_MASKS = ("mode", "warm_start", "reach", "eta1", "interval", "mask_lr")
+
+
 @dataclass(frozen=True)
 class PruneConfig(RunConfig, BudgetConfig):
     """How to prune; the defaults need no tuning from 100 to 10,000 steps."""
 
     method: str = _setting(
-        "maskprune",
-        "maskprune, or a one-shot baseline with the same training after it: wanda-sp, taylor,"
-        " random.",
+        "auto",
+        "maskprune learns the masks; taylor, wanda-sp, random choose at once and train the rest. auto"
+        " is taylor, the best measured, or maskprune where a setting of the masks is given.",
     )
     mode: str = _setting(
         "minimax", "minimax learns the split; scheduled prunes heads and FFN in equal fractions."
@@ -166,11 +170,19 @@ class PruneConfig(RunConfig, BudgetConfig):
     )
     max_grad_norm: float = _setting(1.0, "Clip of the adapters' gradient; masks are not clipped.")
 
+    @property
+    def chooser(self) -> str:
+        """`method`, with auto decided."""
+        if self.method != "auto":
+            return self.method
+        given = (getattr(self, f.name) != f.default for f in fields(self) if f.name in OF_MASKS)
+        return "maskprune" if any(given) else "taylor"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_choices(
             self,
-            method=("maskprune", "wanda-sp", "taylor", "random"),
+            method=("auto", "maskprune", "wanda-sp", "taylor", "random"),
             mode=("minimax", "scheduled"),
             warm_start=("none", "wanda-sp", "taylor"),
             kl_direction=("teacher_student", "student_teacher"),

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from maskprune.hf.adapters import adapted_layers
 from maskprune.hf.families import layers_of, stock_model
 from maskprune.hf.head import head_of, last_hidden_states, tail_of
 from maskprune.structured.masks import Masks
@@ -62,7 +63,15 @@ def distill(
         model: transformers causal LM with masks attached, or the PEFT model around it.
         alpha: weight of the hidden-state term; 0 leaves it out.
         kl_direction: see `token_kl`.
+
+    Raises:
+        ValueError: the model inside a PEFT model, whose adapters the teacher can't do without.
     """
+    if not hasattr(model, "disable_adapter") and adapted_layers(model):
+        raise ValueError(
+            "the model inside a PEFT model was given, whose adapters can't be switched off for the "
+            "teacher; give the PEFT model itself"
+        )
     base = stock_model(model)
     if alpha == 0 or _checkpoints_activations(base):
         student, teacher, layer = _teacher_first(model, base, masks, input_ids, alpha != 0)

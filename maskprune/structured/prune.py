@@ -64,6 +64,11 @@ from maskprune.training.trainer import (
 logger = logging.getLogger(__name__)
 
 
+AT_ONCE = (
+    "the least salient units go at once and all steps train what stays: learned masks chose no "
+    "better in any run so far (docs/experiments.md); --method maskprune learns them"
+)
+
 # Share of the run over which the adapters' rate rises again after the masks settled.
 SETTLED_WARMUP = 0.05
 
@@ -218,7 +223,7 @@ class PruneTrainer(BlockTrainer):
 
 def settles(config: PruneConfig) -> bool:
     """Whether masks become 0 and 1 when the shape is final; else they train on, as the paper's."""
-    return config.method == "maskprune" and config.compensate
+    return config.chooser == "maskprune" and config.compensate
 
 
 def first_masks(run: Path, masks: Masks) -> dict[str, torch.Tensor]:
@@ -251,7 +256,7 @@ def require_reachable(budget: Budget, steps: int, config: PruneConfig) -> None:
     Raises:
         ValueError: the budget is not reached; says what to change.
     """
-    if config.warm_start != "none" or config.method != "maskprune" or steps > 500:
+    if config.warm_start != "none" or config.chooser != "maskprune" or steps > 500:
         return
     masks = Masks(budget.shape, config.head_unit, budget.family.model_type)
     solver = _solver(masks, budget, steps, config)
@@ -346,7 +351,7 @@ def prune(
     if config.gradient_checkpointing:
         checkpoint_activations(core)
     masks = attach_masks(peft_model, config.head_unit)
-    learned = config.method == "maskprune"
+    learned = config.chooser == "maskprune"
     masks.requires_grad_(learned)
     # A family that keeps its heads has no head masks, and DDP waits for no gradient of them.
     masks.head.requires_grad_(learned and masks.head.numel() > 0)
@@ -383,7 +388,9 @@ def prune(
         trace = TraceCallback(run / "trace.jsonl", config, quiet, _progress_line)
         own: list[TrainerCallback] = [PruneCallback(solver, config.max_grad_norm)]
         if checkpoint is None:
-            ranking = config.warm_start if learned else config.method
+            ranking = config.warm_start if learned else config.chooser
+            if config.method == "auto" and not learned:
+                note(AT_ONCE, quiet)
             if ranking != "none":
                 what = f"ranking the units by {ranking}"
                 with computing(), reporting(what, sample.numel(), quiet) as progress:

@@ -276,6 +276,17 @@ def nearest_equal(budget: Budget) -> Split:
     return min(budget.splits, key=away)
 
 
+def cheapest(masks: Masks, budget: Budget, saliency: Saliency) -> Split:
+    """The legal split whose least salient units add up to the least saliency over all rows.
+
+    For saliencies that compare between heads and FFN.
+    """
+    kinds = (unit_saliency(saliency[0], masks), saliency[1])
+    lost = [functional.pad(rho.sort(dim=1).values.cumsum(1).sum(0), (1, 0)) for rho in kinds]
+    costs = [lost[0][s.head] * bool(budget.head_units) + lost[1][s.ffn] for s in budget.splits]
+    return budget.splits[int(torch.stack(costs).argmin())]
+
+
 @torch.no_grad()
 def one_shot(
     kind: str,
@@ -287,8 +298,9 @@ def one_shot(
 ) -> Split:
     """Set the least salient units of every row to 0 and all others to 1; returns the split.
 
-    With the adapters' training after it, this is the baseline that a learned method has to beat:
-    `wanda-sp`, `taylor`, or `random` from torch's own generator, which reads no text.
+    With the adapters' training after it, this is what a learned method has to beat: `taylor` in
+    its `cheapest` split, or, in the split nearest to equal fractions of both kinds, `wanda-sp` and
+    `random` from torch's own generator, which reads no text.
     """
     if kind == "random":
         shape = masks.shape
@@ -296,7 +308,7 @@ def one_shot(
         saliency = saliency[0].to(masks.ffn.device), saliency[1].to(masks.ffn.device)
     else:
         saliency = (taylor if kind == "taylor" else wanda_sp)(model, masks, blocks, progress)
-    split = nearest_equal(budget)
+    split = cheapest(masks, budget, saliency) if kind == "taylor" else nearest_equal(budget)
     ranked = [(masks.ffn, saliency[1], split.ffn)]
     if masks.head.numel():
         ranked.append((masks.head, unit_saliency(saliency[0], masks), split.head))

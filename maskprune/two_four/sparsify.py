@@ -271,8 +271,8 @@ def _learn(
         run = Path(run_dir)
         checkpoint = on_first(lambda: open_run(run, resume))
         if checkpoint is None:
-            groups = (module.get_parameter("weight").numel() // 4 for module in prunable(model).values())
-            trained = (torch.empty(len(CANDIDATES), n, device="meta") for n in groups)
+            weights = (m.get_parameter("weight") for m in prunable(model).values())
+            trained = (torch.empty(len(CANDIDATES), w.numel() // 4, device="meta") for w in weights)
             require_checkpoint_space(run, trained)
         masks = attach_two_four(
             model,

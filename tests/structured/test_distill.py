@@ -179,6 +179,8 @@ def test_a_head_with_an_adapter_says_so_and_is_distilled_from_whole_logits():
     )
     assert "adapted" in head_of(peft).obstacle
     masks = attach_masks(peft, fused=False)
+    with pytest.raises(ValueError, match="give the PEFT model itself"):
+        distill(peft.get_base_model(), masks, tokens())
     with torch.no_grad():
         student = peft(tokens()).logits
         with teacher_mode(peft, masks):

@@ -15,6 +15,7 @@ from maskprune.hf.equality import compare_logits
 from maskprune.structured.prune import PruneTrainer, prune
 
 QUICK = dict(
+    method="maskprune",
     sparsity=0.3,
     steps=24,
     batch_size=2,
@@ -296,3 +297,18 @@ def test_without_compensation_the_masks_train_on_as_the_papers_do():
     result = run(compensate=False, steps=60)
     kept = result.masks.ffn[result.masks.ffn > 0]
     assert (kept < 1).any() and max(result.residuals.values()) < 1e-2
+
+
+def test_by_default_units_go_at_once_and_a_setting_of_the_masks_asks_to_learn_them(capsys):
+    assert PruneConfig(sparsity=0.3).chooser == "taylor"
+    for setting in (dict(mask_lr=1e-2), dict(warm_start="none"), dict(reach=0.3)):
+        assert PruneConfig(sparsity=0.3, **setting).chooser == "maskprune"
+    assert PruneConfig(sparsity=0.3, method="wanda-sp", mask_lr=1e-2).chooser == "wanda-sp"
+    ours, taylor = run(method="auto"), run(method="taylor")
+    assert ours.trace[0]["locked"] and ours.trace[0]["R"] == ours.trace[-1]["R"]
+    assert torch.equal(ours.masks.ffn, taylor.masks.ffn)
+    ids = tokens()
+    assert torch.equal(ours.model(ids).logits, taylor.model(ids).logits)
+    config = PruneConfig(**(QUICK | dict(method="auto", steps=20)))
+    prune(tiny_model("llama", num_hidden_layers=3), None, data(), config)
+    assert capsys.readouterr().err.count("--method maskprune learns them") == 1

@@ -25,7 +25,14 @@ from maskprune.two_four.sparsify import SparsifyTrainer, sparsify
 
 COMMON: dict[str, Any] = dict(batch_size=4, seq_len=16, logging_steps=20, autocast="none")
 PRUNE = COMMON | dict(
-    sparsity=0.3, steps=40, warm_start_blocks=8, lora_r=2, output_r=4, multiple_of=4, save_steps=20
+    method="maskprune",
+    sparsity=0.3,
+    steps=40,
+    warm_start_blocks=8,
+    lora_r=2,
+    output_r=4,
+    multiple_of=4,
+    save_steps=20,
 )
 # The ways of pruning that are compared; the first has checkpoints to resume from.
 WAYS: dict[str, dict[str, Any]] = {
