@@ -127,8 +127,8 @@ class PruneConfig(RunConfig, BudgetConfig):
 
     method: str = _setting(
         "auto",
-        "maskprune learns the masks; taylor, wanda-sp, random choose at once and train the rest. auto"
-        " is taylor, the best measured, or maskprune where a setting of the masks is given.",
+        "maskprune learns the masks; taylor, wanda-sp and random choose at once, then train the"
+        " rest. auto is taylor, the best measured, or maskprune where a setting of masks is given.",
     )
     mode: str = _setting(
         "minimax", "minimax learns the split; scheduled prunes heads and FFN in equal fractions."

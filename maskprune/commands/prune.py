@@ -108,7 +108,7 @@ def _run(
         record = RunRecord(
             format="maskprune-run",
             model=name,
-            method=settings.method,
+            method=settings.chooser,
             data=data,
             settings=settings,
             seed=settings.seed,

@@ -65,8 +65,8 @@ logger = logging.getLogger(__name__)
 
 
 AT_ONCE = (
-    "the least salient units go at once and all steps train what stays: learned masks chose no "
-    "better in any run so far (docs/experiments.md); --method maskprune learns them"
+    "units go at once, the least salient ones, and every step trains those that stay: learned "
+    "masks chose no better in any run so far (docs/experiments.md); --method maskprune learns them"
 )
 
 # Share of the run over which the adapters' rate rises again after the masks settled.

@@ -226,7 +226,7 @@ def test_a_signal_before_training_leaves_nothing_and_promises_nothing(place, cap
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(10)
 
-    monkeypatch.setattr("maskprune.structured.prune.warm_start", signalled)
+    monkeypatch.setattr("maskprune.structured.prune.one_shot", signalled)
     assert prune(place) == 128 + signal.SIGTERM
     line = said(capsys)
     assert "nothing was kept" in line and "--resume" not in line

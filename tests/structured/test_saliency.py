@@ -188,7 +188,7 @@ def test_the_cheapest_split_loses_the_least_saliency_of_all_legal_ones(family):
         )
         units = unit_saliency(saliency[0], masks)
 
-        def lost(split):
+        def lost(split, units=units, saliency=saliency):
             pairs = ((units, split.head), (saliency[1], split.ffn))
             return sum(float(row.sort().values[:n].sum()) for rho, n in pairs for row in rho)
 
