@@ -14,6 +14,8 @@ from benchmarks.uniform.page import BLOCK, markdown
 from maskprune.hf.engines import ENGINES, TRIED
 
 Row = Mapping[str, Any]
+# Where the dense model is further off itself, no ratio is shown.
+NOISY = 0.05
 UNITS = {"kv_group": "fewer KV groups", "query_head": "fewer query heads", "ffn": "FFN alone"}
 
 
@@ -119,7 +121,7 @@ def speed(rows: Iterable[Row]) -> str:
 def pace(row: Row, what: str) -> tuple[str, str]:
     """(tokens a second, ratio to dense with the noise of dense against itself)."""
     ratio, noise = row[f"{what}_against_dense"], row[f"{what}_noise"]
-    shown = "1" if row["model"] == "dense" else f"{ratio:.2f}x"
+    shown = "1" if row["model"] == "dense" else "noisy" if noise > NOISY else f"{ratio:.2f}x"
     return f"{row[f'{what}_tokens_s']:.1f}", f"{shown} (±{noise:.2f})"
 
 
