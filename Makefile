@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: demo test lint bench gpu docs clean
+.PHONY: demo test lint bench engines gpu docs clean
 
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
@@ -62,13 +62,19 @@ bench: $(VENV)/tested
 	$(BIN)/python -m benchmarks.quality.two_four --arms sparsegpt-updated --calibration-blocks 264 \
 		--rows $(R)/quality_two_four.jsonl --overwrite
 
+# Pruned checkpoints in the engines named (all that are run by default: ENGINES=llama.cpp for one
+# alone), each in an environment of its own in maskprune's cache.
+engines: $(VENV)/tested
+	$(BIN)/python -m benchmarks.engines $(ENGINES) --rows $(R)/engines.jsonl --overwrite
+
 # On a CUDA machine, also without network: everything that travels with the checkout. Repeat the
 # command until it says that all is done; each call stops in time for a ten-minute limit.
 gpu:
 	$(PYTHON) -m benchmarks.gpu $(GPU)
 
 docs: $(VENV)/tested
-	$(BIN)/python benchmarks/latency.py --doc docs/uniform.md --from benchmarks/results/latency.jsonl
+	$(BIN)/python benchmarks/latency.py --doc docs/uniform.md --from $(R)/latency.jsonl
+	$(BIN)/python -m benchmarks.engines.page --from $(R)/engines.jsonl
 
 clean:
 	rm -rf build *.egg-info maskprune/_C*.so

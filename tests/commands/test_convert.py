@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from models import tiny_model
 
 from maskprune.commands import convert as module
-from maskprune.commands.convert import convert, tensor_types
+from maskprune.commands.convert import Converted, convert, tensor_types
 
 
 @pytest.fixture
@@ -77,9 +77,36 @@ def write_gguf(path, widths):
 
 def test_rows_that_no_k_quant_holds_are_counted(tmp_path):
     write_gguf(tmp_path / "x.gguf", {"a.weight": 256, "b.weight": 1088})
-    types, fallbacks = tensor_types(tmp_path / "x.gguf", "Q4_K_M")
+    types, fallbacks, extra = tensor_types(tmp_path / "x.gguf", "Q4_K_M")
     assert types == {GGMLQuantizationType.F16.name: 2, "F32": 1} and fallbacks == {"F16": 1}
-    assert tensor_types(tmp_path / "x.gguf", "Q8_0")[1] == {}
+    assert extra == {} and tensor_types(tmp_path / "x.gguf", "Q8_0")[1] == {}
+
+
+def test_what_a_fallback_costs_is_said_in_bytes(tmp_path):
+    import numpy as np
+    from gguf.quants import quantize
+
+    writer = GGUFWriter(tmp_path / "x.gguf", "llama")
+    for name, width, kind in (("a.weight", 544, "Q5_0"), ("b.weight", 256, "Q8_0")):
+        rows = quantize(np.zeros((128, width), np.float32), GGMLQuantizationType[kind])
+        writer.add_tensor(name, rows, raw_dtype=GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = tensor_types(tmp_path / "x.gguf", "Q4_K_M")
+    # 5.5 bits a weight for 4.5.
+    assert found[1:] == ({"Q5_0": 1}, {544: 128 * 544 // 8})
+    said = str(Converted(tmp_path / "x.gguf", 1000000, *found))
+    assert "here 0.0 MB (1%) more: 0.0 MB for 544" in said and "--multiple-of 256" in said
+
+
+def test_qwen3_5_is_converted_without_its_multi_token_layers(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "qwen3_5_text"}')
+    stand_in(monkeypatch, tmp_path, "import sys\nraise ValueError(sys.argv[-1])")
+    with pytest.raises(RuntimeError, match="ValueError: --no-mtp"):
+        convert(tmp_path / "model", tmp_path / "x.gguf")
 
 
 def test_the_quantiser_on_the_path_is_given_the_type(folder, tmp_path, monkeypatch):

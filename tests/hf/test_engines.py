@@ -30,6 +30,14 @@ FEWER = {"num_attention_heads": 2, "head_dim": 8}
         ("llama.cpp", "seed_oss", FEWER, "slower"),
         ("llama.cpp", "seed_oss", {"attention_out_bias": True}, "refused"),
         ("llama.cpp", "mistral", FEWER, "slower"),
+        ("llama.cpp", "granite", FEWER, "refused"),
+        ("llama.cpp", "granite", {}, "slower"),
+        ("llama.cpp", "gpt2", {}, "refused"),
+        ("llama.cpp", "gpt2", {"n_inner": 128}, "slower"),
+        ("llama.cpp", "opt", {}, "refused"),
+        ("llama.cpp", "phi", {"intermediate_size": 128}, "refused"),
+        ("llama.cpp", "gemma3_text", FEWER, "slower"),
+        ("llama.cpp", "gemma3_text", {"query_pre_attn_scalar": 16}, "refused"),
         ("ct2", "llama", FEWER, "refused"),
         ("ct2", "llama", {"attention_bias": True}, "refused"),
         ("ct2", "mistral", FEWER, "loads"),
@@ -43,6 +51,14 @@ def test_engines_take_these_classes_and_shapes(engine, family, changes, answer):
     assert found.answer == answer, str(found)
     assert found.known in (TRIED[engine], NOT_RUN) and found.known in str(found)
     assert bool(found.why) == (answer != "loads")
+
+
+def test_llama_cpp_scales_the_queries_of_gemmas_27b_by_its_heads():
+    dense = {"num_hidden_layers": 46, "query_pre_attn_scalar": 8}
+    assert verdict(tiny_config("gemma2", **dense), "llama.cpp").answer == "slower"
+    found = verdict(tiny_config("gemma2", **dense | FEWER), "llama.cpp")
+    assert found.answer == "refused" and found.known == NOT_RUN
+    assert "without a word: 1 / sqrt(16), not of 8" in found.why
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -1,0 +1,173 @@
+"""What llama.cpp makes of the checkpoints: rows of agreement, speed and quantised quality."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.engines.environments import ENVIRONMENTS
+from benchmarks.engines.models import Described
+from benchmarks.engines.runner import HERE, answers, environment
+
+NAME = "llama.cpp"
+SCRIPT = "run_llama_cpp.py"
+TIMEOUT = 900.0
+PREFILL, DECODE, ROUNDS = 128, 32, 5
+Row = dict[str, Any]
+# Which demo models are raced as what; the dense one also stands in twice, to show the noise.
+RACES = {
+    "F16": ("dense", "pruned", "uniform 50 %", "zeros 50 %"),
+    "Q8_0": ("dense", "pruned", "uniform 50 %"),
+    "Q4_K_M": ("dense", "pruned", "uniform 50 %"),
+}
+QUALITY_TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M")
+
+
+def versions() -> Row:
+    """The packages of the environment."""
+    return {"engine": NAME, "packages": " ".join(ENVIRONMENTS[NAME].packages)}
+
+
+def small(python: Path, described: Mapping[str, Described], work: Path, threads: int) -> list[Row]:
+    """A row for every small model: loads, and agrees with transformers in float32."""
+    files = {name: work / f"{Path(d['folder']).name}.gguf" for name, d in described.items()}
+    jobs = [(n, str(Path(d["folder"]) / "model"), str(files[n])) for n, d in described.items()]
+    done = subprocess.run(
+        [str(python), str(HERE / "run_converter.py")], input=json.dumps(jobs), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment(), check=False,
+    )  # fmt: skip
+    errors = {a["name"]: a["error"] for a in map(json.loads, done.stdout.splitlines())}
+    lost = "the converter ended without an answer"
+    refused = {n: e for n in described if (e := errors.get(n, lost)) is not None}
+    tasks = [_compare(n, files[n], described[n], threads) for n in described if n not in refused]
+    said = answers(python, SCRIPT, tasks, TIMEOUT)
+    for path in files.values():
+        path.unlink(missing_ok=True)
+    rows = []
+    for name, facts in described.items():
+        answer = {"error": f"converter: {refused[name]}"} if name in refused else said[name]
+        rows.append(_agreement(name, facts, answer))
+    return rows
+
+
+def demo(
+    python: Path, described: Mapping[str, Described], work: Path, threads: int
+) -> Iterator[Row]:
+    """Rows of the demo's models: agreement in float32, and tokens a second by type."""
+    for name, facts in described.items():
+        path, error = _converted(python, facts, work, "F32")
+        answer: Mapping[str, Any] = {"error": error}
+        if path and "reference" in facts:
+            answer = answers(python, SCRIPT, [_compare(name, path, facts, threads)], TIMEOUT)[name]
+        elif path:
+            asked = {"path": str(path), "threads": threads}
+            tasks = [{"task": "load", "name": name, "arguments": asked}]
+            answer = answers(python, SCRIPT, tasks, TIMEOUT)[name]
+        yield _agreement(name, facts, answer)
+        if path:
+            path.unlink()
+    for kind, names in RACES.items():
+        paths = {}
+        for name in names:
+            path, error = _converted(python, described[name], work, kind)
+            if path is None:
+                print(f"{NAME}: no {kind} of {name}: {error}", file=sys.stderr)
+            else:
+                paths[name] = path
+        yield from _raced(python, paths, described, kind, threads)
+        for path in paths.values():
+            path.unlink(missing_ok=True)
+
+
+def quality(
+    python: Path, described: Mapping[str, Described], windows: Path, work: Path, threads: int
+) -> Iterator[Row]:
+    """Perplexity, bytes and tokens a second of quantised files, of the dense and the trained."""
+    for kind in QUALITY_TYPES:
+        paths = {}
+        for name in ("dense", "pruned"):
+            path, error = _converted(python, described[name], work, kind)
+            if path is None:
+                raise RuntimeError(f"no {kind} of {name}: {error}")
+            paths[name] = path
+        tasks = [
+            {"task": "perplexity", "name": name, "arguments": asked}
+            for name, path in paths.items()
+            if (asked := {"path": str(path), "windows": str(windows), "threads": threads})
+        ]
+        said = answers(python, SCRIPT, tasks, TIMEOUT)
+        for row in _raced(python, paths, described, kind, threads):
+            if "error" in said[row["model"]]:
+                raise RuntimeError(f"{row['model']} {kind}: {said[row['model']]['error']}")
+            yield row | {"what": "quality"} | said[row["model"]]["done"]
+        for path in paths.values():
+            path.unlink(missing_ok=True)
+
+
+def _compare(name: str, path: Path, facts: Described, threads: int) -> Row:
+    asked = {"path": str(path), "reference": facts["reference"], "threads": threads}
+    return {"task": "compare", "name": name, "arguments": asked}
+
+
+def _agreement(name: str, facts: Described, answer: Mapping[str, Any]) -> Row:
+    row = versions() | {"what": "agreement", "model": name}
+    row |= {k: facts.get(k) for k in ("family", "head_unit", "class", "shape")}
+    if "error" in answer:
+        return row | {"loads": False, "error": answer["error"]}
+    return row | {"loads": True, "compared": "every log-probability, float32"} | answer["done"]
+
+
+def _converted(
+    python: Path, facts: Described, work: Path, kind: str
+) -> tuple[Path | None, str | None]:
+    """(file, None) as `maskprune convert` writes it, or (None, why not)."""
+    folder = Path(facts["folder"])
+    path = work / f"{folder.name}-{kind}.gguf"
+    command = [str(python), "-m", "maskprune", "convert", str(folder / "model"), "-o", str(path)]
+    command += ["--quantize", kind, "--overwrite"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment(), check=False, timeout=TIMEOUT
+    )
+    if done.returncode:
+        return None, (done.stderr.strip().splitlines() or ["no message"])[-1]
+    return path, None
+
+
+def _raced(
+    python: Path,
+    paths: Mapping[str, Path],
+    described: Mapping[str, Described],
+    kind: str,
+    threads: int,
+) -> list[Row]:
+    again = "dense again"
+    racing = {name: str(path) for name, path in paths.items()} | {again: str(paths["dense"])}
+    asked = {"paths": racing, "threads": threads, "prefill": PREFILL, "decode": DECODE}
+    task = {"task": "race", "name": kind, "arguments": asked | {"rounds": ROUNDS}}
+    answer = answers(python, SCRIPT, [task], TIMEOUT)[kind]
+    if "error" in answer:
+        raise RuntimeError(f"{kind}: {answer['error']}")
+    speeds = answer["done"]
+    rows = []
+    for name, path in paths.items():
+        row = versions() | {"what": "speed", "model": name, "type": kind, "rounds": ROUNDS}
+        row |= {"shape": described[name]["shape"], "bytes": path.stat().st_size}
+        row |= {"clock": "CPU time of one thread" if threads == 1 else "wall"}
+        for what in ("prefill", "decode"):
+            row[f"{what}_tokens_s"] = float(f"{statistics.median(speeds[name][what]):.4g}")
+            row[f"{what}_against_dense"] = _ratio(speeds[name][what], speeds["dense"][what])
+            row[f"{what}_noise"] = abs(
+                round(_ratio(speeds[again][what], speeds["dense"][what]) - 1, 3)
+            )
+        rows.append(row)
+    return rows
+
+
+def _ratio(one: list[float], other: list[float]) -> float:
+    """Median of the rounds' ratios: what slows a whole round cancels."""
+    return round(statistics.median(a / b for a, b in zip(one, other, strict=True)), 3)

@@ -1,0 +1,133 @@
+"""The engines' benchmark: its models, its verdicts, and the page made from its rows."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.engines.__main__ import agrees, contradiction
+from benchmarks.engines.environments import ENVIRONMENTS, MARKER, ready
+from benchmarks.engines.models import NEW_TOKENS, write_small
+from benchmarks.engines.page import render
+from benchmarks.engines.runner import answers
+from benchmarks.harness import read_rows
+from maskprune.hf.load import load_model
+
+ROOT = Path(__file__).parents[2]
+ROWS = ROOT / "benchmarks" / "results" / "engines.jsonl"
+
+
+def test_the_page_is_made_from_the_committed_rows():
+    page = ROOT / "docs" / "engines.md"
+    assert render(page, read_rows(ROWS)) == page.read_text(), "run `make docs`"
+
+
+def test_rows_say_what_the_table_promises():
+    rows = [row for row in read_rows(ROWS) if row["what"] == "agreement"]
+    assert not [wrong for row in rows if (wrong := contradiction(row))]
+
+
+ROW = {"engine": "x", "model": "m", "loads": True, "same_tokens": 128, "tokens": 128}
+ROW |= {"logprob_difference": 1e-5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected", "wrong"),
+    [
+        ({}, "loads", None),
+        ({"loads": False, "error": "no"}, "refused", None),
+        ({"logprob_difference": 8.0}, "refused", None),
+        ({}, "refused", "said to be refused and runs"),
+        ({}, "unknown", "has no line"),
+        ({"same_tokens": 90}, "loads", "90 of 128 tokens"),
+        ({"logprob_difference": 0.5}, "slower", "promised and does not run"),
+        ({"loads": False, "error": "no such class"}, "loads", "does not run: no such class"),
+    ],
+)
+def test_what_an_engine_does_is_held_against_the_table(changes, expected, wrong):
+    row = ROW | changes | {"expected": expected}
+    found = contradiction(row)
+    assert (found is None) if wrong is None else wrong in found
+    assert agrees(ROW)
+
+
+@torch.no_grad()
+def test_small_models_are_written_with_what_transformers_computes(tmp_path):
+    described = write_small(tmp_path, ["qwen2"], ["llama.cpp"])
+    # Head-pruned Qwen2 changes its class; its own is tried with the FFN alone.
+    assert {name: facts["class"] for name, facts in described.items()} == {
+        "qwen2 kv_group": "seed_oss",
+        "qwen2 query_head": "llama",
+        "qwen2 ffn": "qwen2",
+    }
+    facts = described["qwen2 kv_group"]
+    model, tokenizer = load_model(Path(facts["folder"]) / "model", dtype="float32")
+    assert len(tokenizer) == model.config.vocab_size
+    said = np.load(facts["reference"])
+    assert said["logprobs"].shape[1:] == (NEW_TOKENS, model.config.vocab_size)
+    parts = (said[key] for key in ("tokens", "prompt", "logprobs"))
+    for row, prompt, logprobs in zip(*parts, strict=True):
+        tokens = row[row >= 0]
+        assert len(tokens) == prompt + NEW_TOKENS
+        assert (logprobs.argmax(-1) == tokens[prompt:]).all()
+        logits = model(torch.from_numpy(tokens[:prompt].astype(np.int64))[None]).logits[0, -1]
+        torch.testing.assert_close(logits.log_softmax(-1), torch.from_numpy(logprobs[0]))
+
+
+def test_a_script_that_dies_takes_one_task_with_it(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json, sys\n"
+        "for line in sys.stdin:\n"
+        "    task = json.loads(line)\n"
+        "    if task['name'] == 'b': sys.exit('out of luck')\n"
+        "    print('ROW' + json.dumps({'name': task['name'], 'done': {}}), flush=True)\n"
+    )
+    found = answers(Path(sys.executable), str(script), [{"name": n} for n in "abc"], 60)
+    assert found["a"] == found["c"] == {"done": {}}
+    assert "out of luck" in found["b"]["error"]
+    slow = tmp_path / "slow.py"
+    slow.write_text("import time\ntime.sleep(60)\n")
+    found = answers(Path(sys.executable), str(slow), [{"name": "a"}], 0.5)
+    assert "no answer within" in found["a"]["error"]
+
+
+def test_an_environment_that_pip_cannot_make_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(RuntimeError, match="pip install failed: .*xllamacpp"):
+        ready("llama.cpp", tmp_path / "engines")
+    assert not (tmp_path / "engines" / "llama.cpp").exists()
+
+
+def test_an_environment_is_made_anew_where_its_packages_changed(tmp_path, monkeypatch):
+    from benchmarks.engines import environments
+
+    calls: list[tuple[str, ...]] = []
+
+    def run(*command: str) -> None:
+        calls.append(command)
+        if "venv" in command:
+            (Path(command[-1]) / "bin").mkdir(parents=True)
+            (Path(command[-1]) / "bin" / "python").touch()
+
+    monkeypatch.setattr(environments, "_run", run)
+    monkeypatch.setitem(ENVIRONMENTS, "x", environments.Environment(("a==1",), remove=("b",)))
+    python = ready("x", tmp_path)
+    assert [c[2:4] for c in calls] == [("venv", str(tmp_path / "x")), ("pip", "install"),
+                                       ("pip", "uninstall")]  # fmt: skip
+    assert ready("x", tmp_path) == python and len(calls) == 3
+    assert "a==1" in (tmp_path / "x" / MARKER).read_text()
+    monkeypatch.setitem(ENVIRONMENTS, "x", environments.Environment(("a==2",)))
+    ready("x", tmp_path)
+    assert len(calls) == 5
+
+
+def test_every_row_is_of_a_known_kind():
+    for row in read_rows(ROWS):
+        assert row["what"] in ("agreement", "speed", "quality"), json.dumps(row)
