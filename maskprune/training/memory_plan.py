@@ -31,6 +31,7 @@ class Load:
     lora_r: int = 8
     output_r: int = 128
     gradient_checkpointing: bool = False
+    optimizer_bits: int = 32
     sharded: bool = False
     computed: int = 2
 
@@ -105,7 +106,7 @@ def memory_parts(config: Any, load: Load, gpus: int) -> dict[str, int]:
         "weights": weights - blocks + blocks // n,
         "logits of 2:4 masks" if load.two_four else "adapters": 4 * trained // n,
         "their gradient": 4 * trained // n,
-        "their moments": 8 * trained // n,
+        "their moments": load.optimizer_bits // 4 * trained // n,
         "buckets that DDP sends": 4 * trained if gpus > n else 0,
         "gathered blocks": gathered,
         "masks, gradient, moments": masks,
