@@ -99,8 +99,9 @@ def memory_parts(config: Any, load: Load, gpus: int) -> dict[str, int]:
     n = gpus if load.sharded else 1
     gathered = 0
     if n > 1:
-        # This block and the next one, whole; of this one the gradient, and what of it is sent.
-        gathered = (2 * (blocks + 4 * trained) + 2 * 4 * trained) // L
+        # FSDP2: this block, the next one, and the buffer that it is copied out of; of this one the
+        # gradient, twice more in the order in which it is sent.
+        gathered = 3 * (blocks + 4 * trained + 4 * trained) // L
     masks = 0 if load.two_four else 16 * L * (shape.ffn + family.prunes_heads * shape.kv_heads)
     return {
         "weights": weights - blocks + blocks // n,
@@ -182,7 +183,7 @@ def _least_devices(config: Any, load: Load, ways: list[bool], room: float) -> st
         for sharded in ways if n > 1 else [False]:
             most = largest_micro_batch(config, replace(load, sharded=sharded), n, room)
             if most is not None:
-                how = ", with --shard full" if sharded else ""
+                how = " --shard full and" if sharded else ""
                 steps = load.batch_size // (n * most)
-                return f"{n}{how}, with --gradient-accumulation {steps} or more"
+                return f"{n}, with{how} --gradient-accumulation {steps} or more"
     return None
