@@ -57,6 +57,7 @@ bench: $(VENV)/tested
 	$(BIN)/python -m benchmarks.quality.memory --rows $(R)/memory.jsonl --overwrite -- smollm2-135m --sparsity 0.2 \
 		--seq-len 512 --batch-size 1 --warm-start-blocks 2 --compensation_tokens 1024
 	$(BIN)/python -m benchmarks.quality.memory --demo --rows $(R)/memory.jsonl --overwrite
+	$(BIN)/python -m benchmarks.scale memory --steps 2 --rows $(R)/scale.jsonl --overwrite
 	$(BIN)/python -m benchmarks.quality.two_four --start --calibration-blocks 32 --rows $(R)/two_four_start.jsonl --overwrite
 	$(BIN)/python -m benchmarks.quality.two_four --rows $(R)/quality_two_four.jsonl --overwrite
 	$(BIN)/python -m benchmarks.quality.two_four --arms sparsegpt-updated --calibration-blocks 264 \

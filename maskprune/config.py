@@ -94,6 +94,7 @@ class RunConfig:
         "Under torchrun: none, every process holds the whole model; full, each its part of the "
         "blocks (FSDP2); auto, full where by the plan's arithmetic a GPU cannot hold it whole.",
     )
+    optimizer_bits: int = _setting(32, "Of AdamW's two moments: 32, or 8 with torchao.")
     seed: int = _setting(0, "Of data order and everything random; CPU runs repeat to the bit.")
     save_steps: int = _setting(100, "Steps between checkpoints, what a kill loses at most.")
     logging_steps: int = _setting(10, "Steps between rows of the trace.")
@@ -114,6 +115,8 @@ class RunConfig:
             logging_steps=1,
         )
         _require_positive(self, "epochs")
+        if self.optimizer_bits not in (8, 32):
+            raise ValueError(f"optimizer_bits is {self.optimizer_bits}; expected 8 or 32")
         _require_whole_micro_batches(self)
 
 
@@ -366,6 +369,7 @@ class PlanConfig(BudgetConfig, _Planned):
     output_r: int = _setting(128, "With --gpus: rank of the adapters of W_O and W_down.")
     gradient_checkpointing: bool = _setting(False, "With --gpus: trade time for memory.")
     shard: str = _setting("auto", "With --gpus: none, full, or auto, see `prune`.")
+    optimizer_bits: int = _setting(32, "With --gpus: of the moments, 32 or 8.")
 
     def __post_init__(self) -> None:
         names = ("gpus", "batch_size", "gradient_accumulation", "seq_len", "lora_r", "output_r")

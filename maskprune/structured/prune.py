@@ -38,6 +38,7 @@ from maskprune.training.checkpoints import (
 )
 from maskprune.training.data import block_order
 from maskprune.training.distributed import as_forward, on_first, rank
+from maskprune.training.optimizer import adamw, require_optimizer
 from maskprune.training.progress import note, reporting
 from maskprune.training.sharding import (
     device_of_run,
@@ -129,7 +130,7 @@ class PruneTrainer(BlockTrainer):
             trained: Any = self.model
             mask_ids = {id(p) for p in self.masks.parameters()}
             weights = [p for p in trained.parameters() if p.requires_grad and id(p) not in mask_ids]
-            self.optimizer = torch.optim.AdamW(
+            self.optimizer = adamw(
                 [
                     {"params": weights, "lr": self.config.learning_rate, "weight_decay": 0.0},
                     {
@@ -137,7 +138,8 @@ class PruneTrainer(BlockTrainer):
                         "lr": self.config.mask_lr,
                         "weight_decay": 0.0,
                     },
-                ]
+                ],
+                self.config.optimizer_bits,
             )
         return self.optimizer
 
@@ -198,8 +200,8 @@ class PruneTrainer(BlockTrainer):
             "residual_head": left["head"],
             "residual_ffn": left["ffn"],
             "width_spread": float((self.masks.ffn > 0.5).sum(1).double().std(correction=0)),
-            "lr": optimizer.param_groups[0]["lr"],
-            "mask_lr": optimizer.param_groups[1]["lr"],
+            "lr": float(optimizer.param_groups[0]["lr"]),
+            "mask_lr": float(optimizer.param_groups[1]["lr"]),
             **(self.signal.row(self.solver) if self.signal else {}),
         }
 
@@ -309,6 +311,7 @@ def prune(
     if hasattr(model, "get_base_model") or adapted_layers(core):
         raise ValueError("the model has adapters already; merge them first: merge_and_unload()")
     require_trainable_dtype(core)
+    require_optimizer(config.optimizer_bits)
     join_run(config, core)
     sharded = shards(config, core.config)
     quiet = quiet or rank() > 0

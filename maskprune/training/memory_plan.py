@@ -31,6 +31,7 @@ class Load:
     lora_r: int = 8
     output_r: int = 128
     gradient_checkpointing: bool = False
+    optimizer_bits: int = 32
     sharded: bool = False
     computed: int = 2
 
@@ -98,14 +99,15 @@ def memory_parts(config: Any, load: Load, gpus: int) -> dict[str, int]:
     n = gpus if load.sharded else 1
     gathered = 0
     if n > 1:
-        # This block and the next one, whole; of this one the gradient, and what of it is sent.
-        gathered = (2 * (blocks + 4 * trained) + 2 * 4 * trained) // L
+        # FSDP2: this block, the next one, and the buffer that it is copied out of; of this one the
+        # gradient, twice more in the order in which it is sent.
+        gathered = 3 * (blocks + 4 * trained + 4 * trained) // L
     masks = 0 if load.two_four else 16 * L * (shape.ffn + family.prunes_heads * shape.kv_heads)
     return {
         "weights": weights - blocks + blocks // n,
         "logits of 2:4 masks" if load.two_four else "adapters": 4 * trained // n,
         "their gradient": 4 * trained // n,
-        "their moments": 8 * trained // n,
+        "their moments": load.optimizer_bits // 4 * trained // n,
         "buckets that DDP sends": 4 * trained if gpus > n else 0,
         "gathered blocks": gathered,
         "masks, gradient, moments": masks,
@@ -181,7 +183,7 @@ def _least_devices(config: Any, load: Load, ways: list[bool], room: float) -> st
         for sharded in ways if n > 1 else [False]:
             most = largest_micro_batch(config, replace(load, sharded=sharded), n, room)
             if most is not None:
-                how = ", with --shard full" if sharded else ""
+                how = " --shard full and" if sharded else ""
                 steps = load.batch_size // (n * most)
-                return f"{n}{how}, with --gradient-accumulation {steps} or more"
+                return f"{n}, with{how} --gradient-accumulation {steps} or more"
     return None

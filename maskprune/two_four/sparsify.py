@@ -32,6 +32,7 @@ from maskprune.training.checkpoints import (
 from maskprune.training.data import block_order
 from maskprune.training.distributed import as_forward, on_first, rank, world_size
 from maskprune.training.losses import hidden_cross_entropy, hidden_kl
+from maskprune.training.optimizer import adamw, require_optimizer
 from maskprune.training.progress import note, reporting
 from maskprune.training.sharding import (
     Sharder,
@@ -98,8 +99,9 @@ class SparsifyTrainer(BlockTrainer):
     def create_optimizer(self, model: Any = None) -> Any:
         if self.optimizer is None:
             rate = self.config.learning_rate or min(MAX_RATE, 1.0 / self.args.max_steps)
-            self.optimizer = torch.optim.AdamW(
+            self.optimizer = adamw(
                 self.masks.parameters(),
+                self.config.optimizer_bits,
                 lr=rate,
                 betas=(0.9, 0.95),
                 eps=1e-5,
@@ -159,7 +161,7 @@ class SparsifyTrainer(BlockTrainer):
         return self.masks.statistics() | {
             "kappa": float(self.masks.kappa),
             "tau": float(self.masks.tau),
-            "lr": optimizer.param_groups[0]["lr"],
+            "lr": float(optimizer.param_groups[0]["lr"]),
         }
 
     def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
@@ -258,6 +260,7 @@ def _learn(
     quiet: bool,
 ) -> SparsifyResult:
     require_trainable_dtype(model)
+    require_optimizer(config.optimizer_bits)
     sharded = shards(config, model.config)
     if sharded:
         require_even(model)

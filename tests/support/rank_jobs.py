@@ -38,11 +38,15 @@ PRUNE = COMMON | dict(
 WAYS: dict[str, dict[str, Any]] = {
     "plain": dict(gradient_accumulation=2),
     "hidden": dict(alpha=0.04),
-    "hidden-checkpointed": dict(alpha=0.04, gradient_checkpointing=True, warm_start="wanda-sp"),
+    "hidden-checkpointed": dict(
+        alpha=0.04, gradient_checkpointing=True, warm_start="wanda-sp", steps=20
+    ),
     "ffn-only": dict(family="gpt2", sparsity=0.15, steps=20),
 }
 SHARDED = ("plain", "hidden", "hidden-checkpointed")
-SPARSIFY = COMMON | dict(steps=24, calibration_blocks=8, gradient_accumulation=2)
+SPARSIFY = COMMON | dict(steps=20, calibration_blocks=8, gradient_accumulation=2)
+# Of the 2:4 runs that are resumed.
+TWO_FOUR: dict[str, Any] = dict(save_steps=10)
 
 
 def blocks() -> torch.Tensor:
@@ -106,34 +110,41 @@ def train_all(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     found = {}
     for name, way in WAYS.items():
         found[name] = trained(prune_one(folder / "plain" if name == "plain" else None, **way))
-    found["maskllm"] = sparsify_one("maskllm", folder / "maskllm one", save_steps=12)
+    found["maskllm"] = sparsify_one("maskllm", folder / "maskllm", **TWO_FOUR)
     return found | {method: sparsify_one(method) for method in ("sparsegpt", "wanda")}
+
+
+def go_on(name: str, source: Path, folder: Path) -> Path:
+    """A copy, named `name`, of a run whose last checkpoint is gone; made by rank 0."""
+    if rank() == 0:
+        unfinished(source, folder / name)
+    barrier()
+    return folder / name
 
 
 def train_and_resume(folder: Path, alone: Path) -> None:
     """On two ranks: everything, and the runs of two ranks and of one gone on with by two."""
     found = train_all(folder)
+    for name, source in (("2 to 2", folder / "plain"), ("1 to 2", alone / "plain")):
+        run = go_on(name, source, folder)
+        found[name] = trained(prune_one(run, resume=True, **WAYS["plain"]))
+    torch.save(found, folder / f"found.{rank()}")
+    dist.destroy_process_group()
+
+
+def train_sharded(folder: Path, alone: Path) -> None:
+    """The same with the model spread over the two ranks."""
+    found = {}
     for name in SHARDED:
-        run = folder / "plain sharded" if name == "plain" else None
-        found[f"{name} sharded"] = trained(prune_one(run, shard="full", **WAYS[name]))
-    sharded = dict(shard="full", gradient_checkpointing=True, save_steps=12)
-    found["maskllm sharded"] = sparsify_one("maskllm", folder / "maskllm", **sharded)
-    for name, source, shard in (
-        ("2 to 2", folder / "plain", "none"),
-        ("1 to 2", alone, "none"),
-        ("2 to 2 sharded", folder / "plain sharded", "full"),
-        ("1 to 2 sharded", alone, "full"),
-    ):
-        if rank() == 0:
-            unfinished(source, folder / name)
-        barrier()
-        found[name] = trained(prune_one(folder / name, resume=True, shard=shard, **WAYS["plain"]))
-    for name, source in (("2 to 2", folder / "maskllm"), ("1 to 2", alone.parent / "maskllm one")):
-        copy = folder / f"maskllm {name}"
-        if rank() == 0:
-            unfinished(source, copy)
-        barrier()
-        found[copy.name] = sparsify_one("maskllm", copy, resume=True, **sharded)
+        run = folder / "plain" if name == "plain" else None
+        found[name] = trained(prune_one(run, shard="full", **WAYS[name]))
+    settings = TWO_FOUR | dict(shard="full", gradient_checkpointing=True)
+    found["maskllm"] = sparsify_one("maskllm", folder / "maskllm", **settings)
+    for name, source in (("2 to 2", folder), ("1 to 2", alone)):
+        run = go_on(name, source / "plain", folder)
+        found[name] = trained(prune_one(run, resume=True, shard="full", **WAYS["plain"]))
+        run = go_on(f"maskllm {name}", source / "maskllm", folder)
+        found[run.name] = sparsify_one("maskllm", run, resume=True, **settings)
     torch.save(found, folder / f"found.{rank()}")
     dist.destroy_process_group()
 

@@ -14,6 +14,7 @@ import torch
 from checkpoints_on_disk import write_checkpoint, write_text
 from rank_jobs import (
     SHARDED,
+    TWO_FOUR,
     WAYS,
     command,
     command_with_nan,
@@ -22,6 +23,7 @@ from rank_jobs import (
     train_all,
     train_and_resume,
     train_on_four,
+    train_sharded,
     trained,
     unfinished,
 )
@@ -36,14 +38,33 @@ TOLERANCE = {"masks": 1e-6, "adapters": 1e-5, "logits": 1e-4, "signal": 1e-3}
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """(folder, what one process trained, what each of two ranks did)."""
-    folder = tmp_path_factory.mktemp("ranks")
-    (folder / "one").mkdir()
-    alone = train_all(folder / "one")
-    run_ranks(2, train_and_resume, folder / "two", folder / "one" / "plain")
-    ranks = [torch.load(folder / "two" / f"found.{r}") for r in range(2)]
-    return folder, alone, ranks
+def alone(tmp_path_factory):
+    """(folder, what one process trained)."""
+    folder = tmp_path_factory.mktemp("alone")
+    return folder, train_all(folder)
+
+
+def on_two(job, folder, alone):
+    """(folder, what each of two ranks trained)."""
+    run_ranks(2, job, folder, alone[0])
+    return folder, [torch.load(folder / f"found.{r}") for r in range(2)]
+
+
+@pytest.fixture(scope="module")
+def whole(alone, tmp_path_factory):
+    """Two ranks that hold the whole model each."""
+    return on_two(train_and_resume, tmp_path_factory.mktemp("whole"), alone)
+
+
+@pytest.fixture(scope="module")
+def sharded(alone, tmp_path_factory):
+    """Two ranks over which the model is spread."""
+    return on_two(train_sharded, tmp_path_factory.mktemp("sharded"), alone)
+
+
+@pytest.fixture(params=["whole", "sharded"])
+def runs(request):
+    return request.getfixturevalue(request.param)
 
 
 def require_close(ours, theirs):
@@ -63,55 +84,49 @@ def require_same(ours, theirs):
 
 
 def test_all_ranks_end_with_the_same_bits(runs):
-    _, _, (first, second) = runs
+    _, (first, second) = runs
     assert first.keys() == second.keys()
     for name in first:
         # The masks of sharded logits are rank 0's alone.
-        logits = {k: v for k, v in first[name].items() if k in second[name]}
-        assert logits
-        require_same(logits, second[name])
+        common = {k: v for k, v in first[name].items() if k in second[name]}
+        assert common
+        require_same(common, second[name])
 
 
 @pytest.mark.parametrize("way", [*WAYS, "maskllm", "sparsegpt", "wanda"])
-def test_two_processes_train_what_one_does(runs, way):
-    _, alone, (first, _) = runs
-    require_close(first[way], alone[way])
+def test_two_processes_train_what_one_does(whole, alone, way):
+    require_close(whole[1][0][way], alone[1][way])
 
 
 @pytest.mark.parametrize("way", [*SHARDED, "maskllm"])
-def test_two_processes_that_share_the_model_train_what_one_does(runs, way):
-    _, alone, (first, _) = runs
-    require_close(first[f"{way} sharded"], alone[way])
+def test_two_processes_that_share_the_model_train_what_one_does(sharded, alone, way):
+    require_close(sharded[1][0][way], alone[1][way])
 
 
-@pytest.mark.parametrize("kind", ["", " sharded"])
-def test_a_run_goes_on_with_as_many_processes_to_the_bit(runs, kind):
-    _, _, (first, _) = runs
-    require_same(first[f"2 to 2{kind}"], first[f"plain{kind}"])
+def test_a_run_goes_on_with_as_many_processes_to_the_bit(runs):
+    _, (first, _) = runs
+    require_same(first["2 to 2"], first["plain"])
 
 
-@pytest.mark.parametrize("kind", ["", " sharded"])
-def test_a_run_goes_on_with_more_or_fewer_processes(runs, kind):
-    folder, alone, (first, _) = runs
-    require_close(first[f"1 to 2{kind}"], alone["plain"])
-    run = unfinished(folder / "two" / f"plain{kind}", folder / f"one again{kind}")
-    require_close(trained(prune_one(run, resume=True, **WAYS["plain"])), alone["plain"])
+def test_a_run_goes_on_with_more_or_fewer_processes(runs, alone, tmp_path):
+    folder, (first, _) = runs
+    require_close(first["1 to 2"], alone[1]["plain"])
+    run = unfinished(folder / "plain", tmp_path / "again")
+    require_close(trained(prune_one(run, resume=True, **WAYS["plain"])), alone[1]["plain"])
 
 
-def test_sharded_two_four_goes_on_with_any_number_of_processes(runs):
-    folder, alone, (first, _) = runs
-    require_same(first["maskllm 2 to 2"], first["maskllm sharded"])
-    require_close(first["maskllm 1 to 2"], alone["maskllm"])
-    run = unfinished(folder / "two" / "maskllm", folder / "maskllm one again")
-    require_close(sparsify_one("maskllm", run, resume=True, save_steps=12), alone["maskllm"])
+def test_sharded_two_four_goes_on_with_any_number_of_processes(sharded, alone, tmp_path):
+    folder, (first, _) = sharded
+    require_same(first["maskllm 2 to 2"], first["maskllm"])
+    require_close(first["maskllm 1 to 2"], alone[1]["maskllm"])
+    run = unfinished(folder / "maskllm", tmp_path / "again")
+    require_close(sparsify_one("maskllm", run, resume=True, **TWO_FOUR), alone[1]["maskllm"])
 
 
-@pytest.mark.parametrize("kind", ["", " sharded"])
-def test_the_masks_signal_is_that_of_one_process(runs, kind):
-    _, alone, (first, _) = runs
-    signal = alone["plain"]["signal"]
+def test_the_masks_signal_is_that_of_one_process(runs, alone):
+    signal = alone[1]["plain"]["signal"]
     assert signal.numel() > 4 and (signal > 0).any()
-    torch.testing.assert_close(first[f"plain{kind}"]["signal"], signal, rtol=1e-3, atol=0)
+    torch.testing.assert_close(runs[1][0]["plain"]["signal"], signal, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("shard", ["none", "full"])
@@ -125,18 +140,17 @@ def test_a_nan_on_one_rank_ends_all_in_a_line(place, shard):
 
 
 def test_progress_is_shown_by_one_rank(runs):
-    folder, _, _ = runs
-    assert "step 40/40" in said(folder / "two")
-    assert not (folder / "two" / "err.1").read_text()
+    folder, _ = runs
+    assert "step 40/40" in said(folder)
+    assert not (folder / "err.1").read_text()
 
 
-def test_four_processes_train_what_one_does(runs, tmp_path):
-    _, alone, _ = runs
+def test_four_processes_train_what_one_does(alone, tmp_path):
     run_ranks(4, train_on_four, tmp_path)
     ranks = [torch.load(tmp_path / f"found.{r}") for r in range(4)]
     for other in ranks:
         require_same(other, ranks[0])
-    require_close(ranks[0], alone["hidden"])
+    require_close(ranks[0], alone[1]["hidden"])
 
 
 def arguments(place, *more):

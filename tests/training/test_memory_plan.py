@@ -123,7 +123,7 @@ def test_plan_shards_what_does_not_fit_whole(tmp_path, capsys):
         ("80", "auto", "every device holds the whole model"),
         ("0.03", "auto", "\nfits 0.03 GB"),
         ("0.03", "auto", "each holds its part of the blocks (--shard full)"),
-        ("0.03", "auto", ", with --shard full, with --gradient-accumulation"),
+        ("0.03", "auto", ", with --shard full and --gradient-accumulation"),
         ("0.03", "none", "\ndoes not fit 0.03 GB"),
     ):
         assert main([*call, "--gpu-memory", memory, "--shard", shard]) == 0
