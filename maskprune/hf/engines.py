@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from maskprune.hf.families import FAMILIES, text_config
 from maskprune.hf.shape import Shape, shape_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 
 # What each line was tried with (docs/engines.md); "read" is the engine's source, not a run.
 TRIED = {
@@ -73,7 +77,7 @@ def engine_name(target: str) -> str | None:
     return name if name in ENGINES else None
 
 
-def verdict(config: Any, engine: str) -> Verdict | None:
+def verdict(config: PreTrainedConfig, engine: str) -> Verdict | None:
     """What `engine` does with a checkpoint of this config; None where nothing is known.
 
     Args:
@@ -88,7 +92,7 @@ def verdict(config: Any, engine: str) -> Verdict | None:
     return Verdict(engine, answer, why, NOT_RUN if answer == "unknown" else known)
 
 
-def _answer(config: Any, engine: str) -> tuple[str, str]:
+def _answer(config: PreTrainedConfig, engine: str) -> tuple[str, str]:
     model_type, shape = config.model_type, shape_of(config)
     hidden = text_config(config).hidden_size
     if model_type not in _RUNS[engine]:

@@ -93,7 +93,8 @@ class SparsifyTrainer(BlockTrainer):
         chosen = config.regulariser_weight
         self.reward = REGULARISER_WEIGHTS[config.regulariser] if chosen is None else chosen
         self.drawn = (-1, 0)
-        self.head = head_of(self.model)
+        core: Any = self.model
+        self.head = head_of(core)
 
     def create_optimizer(self, model: Any = None) -> Any:
         if self.optimizer is None:
@@ -271,7 +272,7 @@ def _learn(
         run = Path(run_dir)
         checkpoint = on_first(lambda: open_run(run, resume))
         if checkpoint is None:
-            groups = (module.get_parameter("weight").numel() // 4 for module in prunable(model).values())
+            groups = (module.weight.numel() // 4 for module in prunable(model).values())
             trained = (torch.empty(len(CANDIDATES), n, device="meta") for n in groups)
             require_checkpoint_space(run, trained)
         masks = attach_two_four(
