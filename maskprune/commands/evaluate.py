@@ -10,7 +10,8 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -179,7 +180,7 @@ def _nll(logits: torch.Tensor, targets: torch.Tensor) -> float:
     return float(total)
 
 
-def _autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+def _autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
     return torch.autocast(device.type, dtype) if dtype is not None else nullcontext()
 
 
@@ -279,7 +280,7 @@ def _task_name(file: Path) -> str | None:
     return found.group(1) if found else None
 
 
-def _lm_eval() -> Any:
+def _lm_eval() -> ModuleType:
     try:
         import lm_eval
     except ImportError:

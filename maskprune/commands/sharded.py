@@ -4,10 +4,9 @@ process, and proven by all of them together."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from maskprune.config import PruneConfig
 from maskprune.files import OWN_FOLDER
@@ -96,7 +95,7 @@ def write_two_four(
     on_first(write)
 
 
-def prove(masked: Any, folder: Path, ids: torch.Tensor) -> Difference:
+def prove(masked: PreTrainedModel, folder: Path, ids: torch.Tensor) -> Difference:
     """Compare the logits of the model under its masks with those of the checkpoint in `folder`.
 
     Every process calls it, and holds its part of both.

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from maskprune.files import JsonObject, replace_file, write_json
 from maskprune.hf.families import text_config
 from maskprune.hf.quiet import quiet_transformers
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import (
+        GenerationConfig,
+        PreTrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
 
 
 TOKENIZER_FILES = (
@@ -101,7 +106,7 @@ def write_stock_files(
     *,
     source: Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    generation_config: Any = None,
+    generation_config: GenerationConfig | None = None,
     model_card: str | None = None,
 ) -> None:
     """Write everything but the weights of a stock checkpoint into the folder `out`.
@@ -127,7 +132,7 @@ def write_stock_files(
 
 
 def save_stock(
-    small: Any,
+    small: PreTrainedModel,
     out: Path,
     *,
     source: Path | None = None,

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -172,7 +172,7 @@ class _Layout:
     parameters: int
 
     @staticmethod
-    def of(config: Any, stored: dict[str, Stored], family: Family) -> _Layout:
+    def of(config: PreTrainedConfig, stored: dict[str, Stored], family: Family) -> _Layout:
         """Of a model of `config`, whose architecture is noted in it."""
         skeleton = _skeleton(config)
         config.architectures = [type(skeleton).__name__]

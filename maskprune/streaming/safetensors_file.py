@@ -14,7 +14,6 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from maskprune.files import JsonObject
 
@@ -197,7 +196,7 @@ class _Wrong(Exception):
     """What is wrong with a file; the caller adds its name."""
 
 
-def _load_header(path: Path) -> tuple[tuple[list[tuple[str, Any]], int], int]:
+def _load_header(path: Path) -> tuple[tuple[list[tuple[str, object]], int], int]:
     """((tensor entries, first byte of the data), bytes of the data)."""
     with path.open("rb") as file:
         total = file.seek(0, 2)
@@ -227,7 +226,7 @@ def _load_header(path: Path) -> tuple[tuple[list[tuple[str, Any]], int], int]:
     return (list(header.items()), 8 + length), total - 8 - length
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> JsonObject:
+def _no_duplicates(pairs: list[tuple[str, object]]) -> JsonObject:
     found: JsonObject = {}
     for name, value in pairs:
         if name in found:
@@ -236,7 +235,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> JsonObject:
     return found
 
 
-def _stored(path: Path, name: str, entry: JsonObject, data_at: int) -> Stored:
+def _stored(path: Path, name: str, entry: object, data_at: int) -> Stored:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _Wrong(f"tensor {name!r}: expected dtype, shape and data_offsets")
     if name.encode("utf-8", "replace").decode() != name:

@@ -13,7 +13,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -101,7 +100,7 @@ class StopCallback(TrainerCallback):
     """Saves and stops after the step in which a signal came."""
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: object
     ) -> None:
         if _signals.agree():
             control.should_save = control.should_training_stop = True

@@ -38,7 +38,7 @@ class TraceCallback(TrainerCallback):
         self.mark = (0, 0.0)
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: object
     ) -> None:
         self.rows = on_first(lambda: self._begin(state.global_step))
         self.progress = Progress(args.max_steps, state.global_step, self.quiet)
@@ -54,9 +54,14 @@ class TraceCallback(TrainerCallback):
         return rows
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Optimizer | None = None,
+        **kw: object,
     ) -> None:
-        assert self.progress is not None
+        assert self.progress is not None and optimizer is not None
         self.progress.advance()
         done = state.global_step
         due = done == 1 or done % self.config.logging_steps == 0 or done == args.max_steps
@@ -65,7 +70,7 @@ class TraceCallback(TrainerCallback):
             self.trainer.require_finite()
         if not due:
             return
-        row = self.row(done, kw["optimizer"])
+        row = self.row(done, optimizer)
         self.rows.append(row)
         if rank() == 0:
             with self.path.open("a") as file:
@@ -96,7 +101,7 @@ class TraceCallback(TrainerCallback):
         )
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: object
     ) -> None:
         if self.progress:
             self.progress.close()
