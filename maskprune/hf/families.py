@@ -38,6 +38,8 @@ class Family:
         transposed: weights are (in, out), GPT-2's Conv1D.
         no_heads: why heads stay, or None where they can go.
         on_disk: (start of a name in a checkpoint, in the model), where the two differ.
+        heads_divide_hidden: transformers >= 5.4 refuses other head counts than those that divide
+            the hidden size.
         refuses: why a variant, told by its config, is not supported.
     """
 
@@ -62,6 +64,7 @@ class Family:
     fused: bool = False
     no_heads: str | None = None
     on_disk: tuple[tuple[str, str], ...] = ()
+    heads_divide_hidden: bool = False
     refuses: Callable[[PreTrainedConfig], str | None] = _takes_all
 
     @property
@@ -101,7 +104,7 @@ _gpt = partial(
     width_field="n_inner",
     no_heads=_NO_HEAD_SIZE,
 )
-_gemma = partial(Family, activation="gelu_tanh")
+_gemma = partial(Family, activation="gelu_tanh", heads_divide_hidden=True)
 _SOFTCAP = "final_logit_softcapping"
 
 
@@ -123,7 +126,7 @@ def _refuses_qk_layernorm(config: PreTrainedConfig) -> str | None:
 FAMILIES: dict[str, Family] = {
     row.model_type: row
     for row in (
-        Family("llama"),
+        Family("llama", heads_divide_hidden=True),
         Family("mistral"),
         Family("ministral3"),
         Family("qwen2"),
@@ -137,7 +140,7 @@ FAMILIES: dict[str, Family] = {
         Family("ernie4_5"),
         Family("hunyuan_v1_dense"),
         Family("olmo"),
-        Family("cwm"),
+        Family("cwm", heads_divide_hidden=True),
         _gemma("gemma"),
         _gemma("gemma2", softcap=_SOFTCAP),
         _gemma("gemma3_text", softcap=_SOFTCAP),
@@ -172,9 +175,9 @@ FAMILIES: dict[str, Family] = {
         ),
         Family("starcoder2", gate_up=("c_fc",), down="c_proj", activation="gelu_tanh"),
         Family("nemotron", gate_up=("up_proj",), activation="relu2"),
-        Family("arcee", gate_up=("up_proj",), activation="relu2"),
+        Family("arcee", gate_up=("up_proj",), activation="relu2", heads_divide_hidden=True),
         Family("apertus", gate_up=("up_proj",), activation="xielu"),
-        Family("jais2", gate_up=("up_proj",), activation="relu2"),
+        Family("jais2", gate_up=("up_proj",), activation="relu2", heads_divide_hidden=True),
         Family("nanochat", gate_up=("fc1",), down="fc2", activation="relu2", softcap=_SOFTCAP),
         Family("olmo2", no_heads=_WHOLE_NORM),
         Family("olmo3", no_heads=_WHOLE_NORM),

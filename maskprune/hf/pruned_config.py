@@ -6,7 +6,7 @@ import copy
 from typing import TYPE_CHECKING
 
 from maskprune.files import JsonObject
-from maskprune.hf.families import family_of, text_config
+from maskprune.hf.families import FAMILIES, family_of, text_config
 from maskprune.hf.shape import Shape
 
 if TYPE_CHECKING:
@@ -34,19 +34,6 @@ _SHARED_FIELDS = (
     "rms_norm_eps use_cache pad_token_id bos_token_id eos_token_id tie_word_embeddings "
     "rope_parameters attention_dropout attention_bias mlp_bias sliding_window dtype"
 ).split()
-
-# transformers >= 5.4 refuses these where the head count does not divide the hidden size.
-_HEADS_DIVIDE_HIDDEN = (
-    "llama",
-    "cwm",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "gemma3",
-    "vaultgemma",
-    "arcee",
-    "jais2",
-)
 
 
 def pruned_class(
@@ -97,7 +84,8 @@ def why_heads_stay(config: PreTrainedConfig, arch_fallback: str = "mistral") -> 
 
 
 def _takes(config: PreTrainedConfig, model_type: str, heads: int) -> bool:
-    return model_type not in _HEADS_DIVIDE_HIDDEN or text_config(config).hidden_size % heads == 0
+    divides = text_config(config).hidden_size % heads == 0
+    return divides or not FAMILIES[model_type].heads_divide_hidden
 
 
 def _same_function(config: PreTrainedConfig, twin: str) -> bool:
