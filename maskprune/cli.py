@@ -78,7 +78,7 @@ def parse(command: str, kinds: Sequence[Any], argv: Sequence[str], doc: str) -> 
     ]
 
 
-def _set_defaults(parser: argparse.ArgumentParser, recipe: dict[str, Any]) -> None:
+def _set_defaults(parser: argparse.ArgumentParser, recipe: dict[str, object]) -> None:
     """A recipe's values as the parser's defaults; a list is what commas are on a command line."""
     for key, value in recipe.items():
         text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -88,7 +88,7 @@ def _set_defaults(parser: argparse.ArgumentParser, recipe: dict[str, Any]) -> No
             action.required = False
 
 
-def _read_recipe(path: str, kinds: Sequence[type]) -> dict[str, Any]:
+def _read_recipe(path: str, kinds: Sequence[type]) -> dict[str, object]:
     import yaml
 
     try:

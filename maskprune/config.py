@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
-def _setting(default: Any, text: str) -> Any:
+def _setting(default: T, text: str) -> T:
     return field(default=default, metadata={"help": text})
 
 
-def _require_choices(config: Any, **choices: tuple[str, ...]) -> None:
+def _require_choices(config: object, **choices: tuple[str, ...]) -> None:
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise ValueError(
@@ -22,21 +24,21 @@ def _require_choices(config: Any, **choices: tuple[str, ...]) -> None:
             )
 
 
-def _require_least(config: Any, **least: int) -> None:
+def _require_least(config: object, **least: int) -> None:
     for name, low in least.items():
         value = getattr(config, name)
         if value is not None and value < low:
             raise ValueError(f"{name} is {value}; expected at least {low}")
 
 
-def _require_positive(config: Any, *names: str) -> None:
+def _require_positive(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and not value > 0:
             raise ValueError(f"{name} is {value}; expected a number above 0")
 
 
-def _require_whole_micro_batches(config: Any) -> None:
+def _require_whole_micro_batches(config: RunConfig | PlanConfig) -> None:
     if config.batch_size % config.gradient_accumulation:
         raise ValueError(
             f"gradient_accumulation {config.gradient_accumulation} does not divide batch_size "

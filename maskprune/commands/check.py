@@ -6,12 +6,15 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from maskprune.files import OWN_FOLDER, JsonObject, own_file
 from maskprune.hf.checkpoint_files import stock_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass
@@ -121,7 +124,7 @@ def _check_fields(raw: JsonObject, expected: JsonObject, folder: Path, found: Fi
         found.good.append("config reads the same in transformers 4 and 5")
 
 
-def _is_two_four(model: Any) -> bool:
+def _is_two_four(model: PreTrainedModel) -> bool:
     from maskprune.two_four.patterns import is_two_four, oriented, prunable
 
     try:
@@ -139,7 +142,7 @@ def _own_masks(folder: Path) -> Path | None:
     return next((path for path in places if path.is_file()), None)
 
 
-def _check_tensors(folder: Path, model: Any, found: Findings) -> None:
+def _check_tensors(folder: Path, model: PreTrainedModel, found: Findings) -> None:
     """Whether each tensor of each safetensors file at the top of `folder` is the model's."""
     from maskprune.hf.families import family_of
     from maskprune.streaming.safetensors_file import INDEX_NAME, read_header
@@ -169,7 +172,7 @@ def _check_tensors(folder: Path, model: Any, found: Findings) -> None:
 
 
 @torch.no_grad()
-def _check_generation(model: Any, tokenizer: Any, found: Findings) -> None:
+def _check_generation(model: Any, tokenizer: PreTrainedTokenizerBase, found: Findings) -> None:
     ids = tokenizer("The quick brown fox", return_tensors="pt").input_ids.to(model.device)
     options = dict(max_new_tokens=8, do_sample=False, pad_token_id=0)
     same = torch.equal(
@@ -179,8 +182,8 @@ def _check_generation(model: Any, tokenizer: Any, found: Findings) -> None:
 
 
 def _check_equal(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     against: str,
     masks_file: str | Path | None,
     folder: Path,
@@ -194,6 +197,7 @@ def _check_equal(
     from maskprune.two_four.patterns import apply_masks, is_masks_file
     from maskprune.two_four.patterns import load_masks as load_two_four
 
+    origin: Any
     origin, _ = load_model(against, dtype=str(model.dtype).removeprefix("torch."))
     if (adapter := own_file(folder, "adapter")).is_dir():
         from peft import PeftModel

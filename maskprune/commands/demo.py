@@ -8,16 +8,22 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from maskprune.commands.evaluate import perplexity
 from maskprune.commands.prune import run_prune
 from maskprune.commands.record import RunRecord
 from maskprune.config import PruneConfig, PruneFiles
+from maskprune.files import JsonObject
 from maskprune.hf.demo_model import MODEL_NAME, demo_text
+from maskprune.hf.equality import Difference
 from maskprune.hf.load import load_model
 from maskprune.training.allocator import return_freed_memory
 from maskprune.training.speed import throughput
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 PROMPTS = (
     "The Roman Empire was one of the largest",
@@ -48,7 +54,7 @@ def megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
 
 
-def compare(dense: dict[str, Any], pruned: dict[str, Any], difference: Any) -> list[Row]:
+def compare(dense: JsonObject, pruned: JsonObject, difference: Difference) -> list[Row]:
     """The rows of the table: what is measured, dense, pruned.
 
     Args:
@@ -95,14 +101,16 @@ def table(rows: Sequence[Row], head: Row = ("", "dense", "pruned")) -> str:
     return "\n".join([line(head), rule, *(line(row) for row in rows)])
 
 
-def continuation(model: Any, tokenizer: Any, prompt: str, new_tokens: int = 30) -> str:
+def continuation(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int = 30
+) -> str:
     """What the model writes after `prompt`, greedily, on one line."""
     ids = tokenizer(prompt, return_tensors="pt").to(model.device)
     out = model.generate(
         **ids, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
     )
     text = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
-    return " ".join(text.split())
+    return " ".join(str(text).split())
 
 
 def peak_bytes() -> int:
@@ -121,7 +129,7 @@ def demonstrate(out: Path, steps: int, seed: int = 0) -> RunRecord:
     started = time.monotonic()
     files = PruneFiles(model=MODEL_NAME, output=str(out), overwrite=True)
     record = run_prune(files, settings(steps, seed), anew=True)
-    assert record is not None, "the demo runs as one process"
+    assert record is not None and record.difference, "the demo runs as one process"
 
     _, held_out = demo_text()
     dense, tokenizer = load_model(MODEL_NAME, dtype="float32", device="cpu")

@@ -10,24 +10,29 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
 from maskprune.config import EvalConfig
-from maskprune.files import write_json
+from maskprune.files import JsonObject, write_json
 from maskprune.hf.shape import require_positions
 from maskprune.training.data import text_prefix
 from maskprune.training.documents import Source, read_text
 from maskprune.training.trainer import require_known_tokens
 from maskprune.version import __version__
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
 ROWS_PER_LOSS = 512
 PROTOCOL = "documents joined by blank lines, one text, windows that do not overlap"
 
 
-def evaluate(config: EvalConfig) -> dict[str, Any]:
+def evaluate(config: EvalConfig) -> JsonObject:
     """Load the model, measure what `config` names, write the JSON file if it names one.
 
     Returns:
@@ -52,7 +57,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         device=config.device,
         trust_remote_code=config.trust_remote_code,
     )
-    result: dict[str, Any] = {"model": config.model, "versions": _versions()}
+    result: JsonObject = {"model": config.model, "versions": _versions()}
     if text is not None:
         result["perplexity"] = {"data": config.ppl} | perplexity(
             model,
@@ -85,15 +90,15 @@ def _require_writable(file: Path) -> None:
 
 @torch.no_grad()
 def perplexity(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     source: Source,
     seq_len: int = 2048,
     *,
     limit: int | None = None,
     batch_size: int = 1,
     dtype: torch.dtype | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """exp(mean of -log p(token | those before it in its window)), over all windows.
 
     The papers' protocol: all documents as one text, tokenised once, cut into windows of seq_len
@@ -175,19 +180,19 @@ def _nll(logits: torch.Tensor, targets: torch.Tensor) -> float:
     return float(total)
 
 
-def _autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+def _autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
     return torch.autocast(device.type, dtype) if dtype is not None else nullcontext()
 
 
 def run_tasks(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[str],
     *,
     limit: int | None = None,
     batch_size: int = 1,
     num_fewshot: int | None = None,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, JsonObject]:
     """lm-eval's metrics of each task, by the task's name.
 
     Args:
@@ -275,7 +280,7 @@ def _task_name(file: Path) -> str | None:
     return found.group(1) if found else None
 
 
-def _lm_eval() -> Any:
+def _lm_eval() -> ModuleType:
     try:
         import lm_eval
     except ImportError:

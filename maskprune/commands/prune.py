@@ -6,7 +6,6 @@ import contextlib
 import copy
 import shutil
 from pathlib import Path
-from typing import Any
 
 from maskprune.commands.record import RunRecord, proof_tokens, save_proven, sizes
 from maskprune.commands.run_folder import (
@@ -20,7 +19,7 @@ from maskprune.commands.run_folder import (
     weight_bytes,
 )
 from maskprune.config import PruneConfig, PruneFiles
-from maskprune.files import OWN_FOLDER, new_folder, require_space
+from maskprune.files import OWN_FOLDER, JsonObject, new_folder, require_space
 from maskprune.hf.equality import compare_logits, require_equal
 from maskprune.hf.load import torch_device
 from maskprune.hf.shape import require_positions, require_ranks, shape_of
@@ -66,7 +65,7 @@ def run_prune(files: PruneFiles, settings: PruneConfig, *, anew: bool = False) -
 
 
 def _run(
-    files: PruneFiles, settings: PruneConfig, out: Path, run: Path, inputs: dict[str, Any]
+    files: PruneFiles, settings: PruneConfig, out: Path, run: Path, inputs: JsonObject
 ) -> RunRecord | None:
     name, config = files.model, read_config(files.model)
     source, data = training_text(name, files.data)
@@ -114,7 +113,7 @@ def _run(
             seed=settings.seed,
             steps=result.steps,
             tokens=result.steps * settings.batch_size * settings.seq_len,
-            model_class=pruned_config.architectures[0],
+            model_class=(pruned_config.architectures or ["?"])[0],
             difference=difference,
             tokens_compared=ids.numel(),
             dense=sizes(cost(dense_config)),

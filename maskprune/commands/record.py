@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from maskprune.config import PruneConfig, SparsifyConfig
-from maskprune.files import OWN_FOLDER, replace_file, write_json
+from maskprune.files import OWN_FOLDER, JsonObject, replace_file, write_json
 from maskprune.hf.checkpoint_files import save_stock
 from maskprune.hf.demo_model import BASE, LICENSE, MODEL_NAME
 from maskprune.hf.equality import Difference, compare_logits
@@ -49,16 +49,16 @@ class RunRecord:
     tokens: int = 0
     difference: Difference | None = None
     tokens_compared: int = 0
-    dense: dict[str, Any] = field(default_factory=dict)
-    pruned: dict[str, Any] = field(default_factory=dict)
-    perplexity: dict[str, Any] | None = None
-    details: dict[str, Any] = field(default_factory=dict)
-    card_only: dict[str, Any] = field(default_factory=dict)
+    dense: JsonObject = field(default_factory=dict)
+    pruned: JsonObject = field(default_factory=dict)
+    perplexity: JsonObject | None = None
+    details: JsonObject = field(default_factory=dict)
+    card_only: JsonObject = field(default_factory=dict)
     summary: str = ""
     versions: dict[str, str] = field(default_factory=lambda: versions())
     machine: str = field(default_factory=lambda: machine())
 
-    def content(self) -> dict[str, Any]:
+    def content(self) -> JsonObject:
         """What `maskprune.json` holds; parts that the run has nothing of are left out."""
         known = {f: getattr(self, f) for f in ("format", "model", "method", "data")}
         known["settings"] = asdict(self.settings) if self.settings else None
@@ -102,7 +102,7 @@ class RunRecord:
         replace_file(folder / "README.md", self.card())
 
 
-def sizes(cost: Cost) -> dict[str, Any]:
+def sizes(cost: Cost) -> JsonObject:
     """A cost as the record and the card have it."""
     return vars(cost.shape) | {
         "parameters": cost.parameters,
@@ -185,7 +185,7 @@ def _hub_folder(name: str) -> Path | None:
         return None
 
 
-def _reload(folder: Path, like: PreTrainedModel) -> Any:
+def _reload(folder: Path, like: PreTrainedModel) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     with quiet_transformers():

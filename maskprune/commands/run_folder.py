@@ -10,14 +10,13 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from maskprune.config import PruneConfig, RunFiles, SparsifyConfig
-from maskprune.files import locked, output_folder, require_new_folder, write_json
+from maskprune.files import JsonObject, locked, output_folder, require_new_folder, write_json
 from maskprune.hf.demo_model import MODEL_NAME, TEXT_NAME, demo_text
 from maskprune.hf.load import load_model, require_finite_weights, resolve_model
 from maskprune.streaming.safetensors_file import parse_size
@@ -79,9 +78,7 @@ def run_folder(out: Path) -> Path:
     return out.parent / f"{out.name}.run"
 
 
-def claim_run_folder(
-    out: Path, inputs: dict[str, Any], *, resume: bool, anew: bool = False
-) -> Path:
+def claim_run_folder(out: Path, inputs: JsonObject, *, resume: bool, anew: bool = False) -> Path:
     """The run folder of OUT: not there, or with the run that `resume` continues.
 
     Args:
@@ -114,7 +111,7 @@ def claim_run_folder(
     return run
 
 
-def _require_same(run: Path, now: dict[str, Any]) -> None:
+def _require_same(run: Path, now: JsonObject) -> None:
     try:
         saved = json.loads((run / INPUTS_FILE).read_text())
     except (OSError, json.JSONDecodeError):
@@ -131,7 +128,7 @@ def _require_same(run: Path, now: dict[str, Any]) -> None:
         )
 
 
-def run_inputs(files: RunFiles, settings: PruneConfig | SparsifyConfig) -> dict[str, Any]:
+def run_inputs(files: RunFiles, settings: PruneConfig | SparsifyConfig) -> JsonObject:
     """MODEL, DATA and every setting, as a resumed run must have them again."""
     return {"model": _same_place(files.model), "data": _same_place(files.data)} | asdict(settings)
 
@@ -142,9 +139,7 @@ def _same_place(name: str | None) -> str | None:
 
 
 @contextlib.contextmanager
-def open_run_folder(
-    run: Path, inputs: dict[str, Any], blocks: torch.Tensor | None
-) -> Iterator[None]:
+def open_run_folder(run: Path, inputs: JsonObject, blocks: torch.Tensor | None) -> Iterator[None]:
     """Make the run folder and note the inputs in it; at the end of the context it is removed.
 
     An error or signal leaves it where it has a whole checkpoint to go on from.
@@ -191,7 +186,7 @@ def read_config(name: str) -> PreTrainedConfig:
     from maskprune.hf.load import gguf_file
 
     where = resolve_model(name) if not _only_config(name) else name
-    options: dict[str, Any] = {}
+    options: JsonObject = {}
     if Path(where).is_dir() and (gguf := gguf_file(Path(where))):
         options["gguf_file"] = gguf
     try:
@@ -229,7 +224,9 @@ def weight_bytes(model: PreTrainedModel) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def load_to_train(name: str, dtype: str, device: str, sharded: bool = False) -> tuple[Any, Any]:
+def load_to_train(
+    name: str, dtype: str, device: str, sharded: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model, tokenizer); `auto` is float32 on the CPU, as stored on a GPU.
 
     Args:

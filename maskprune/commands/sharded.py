@@ -4,9 +4,9 @@ process, and proven by all of them together."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from maskprune.config import PruneConfig
 from maskprune.files import OWN_FOLDER
@@ -24,7 +24,7 @@ from maskprune.training.distributed import on_first
 from maskprune.training.sharding import adapter_weights, device_of_run, shard_blocks
 
 
-def require_streamable(name: str, config: Any, settings: PruneConfig) -> None:
+def require_streamable(name: str, config: PreTrainedConfig, settings: PruneConfig) -> None:
     """Refuse a MODEL that could be trained over several processes, but not written tensor by
     tensor.
 
@@ -63,14 +63,14 @@ def require_safetensors(name: str) -> Path:
 
 def write_pruned(
     result: PruneResult, name: str, folder: Path, max_shard_size: str, arch_fallback: str
-) -> Any:
+) -> PreTrainedConfig:
     """Write masks, adapter and the stock checkpoint that they make of MODEL; its config.
 
     Every process calls it; rank 0 writes.
     """
     adapter = adapter_weights(result.masked_model)
 
-    def write() -> dict[str, Any]:
+    def write() -> PreTrainedConfig:
         own, source = folder / OWN_FOLDER, source_folder(name)
         own.mkdir()
         result.masks.save(own / MASKS_FILE)
@@ -78,8 +78,7 @@ def write_pruned(
         size = parse_size(max_shard_size)
         plan = plan_stream(source, result.masks, result.shape, size, own / "adapter", arch_fallback)
         write_stream(plan, folder, source)
-        config: dict[str, Any] = plan.config
-        return config
+        return plan.config
 
     return on_first(write)
 
@@ -96,7 +95,7 @@ def write_two_four(
     on_first(write)
 
 
-def prove(masked: Any, folder: Path, ids: torch.Tensor) -> Difference:
+def prove(masked: PreTrainedModel, folder: Path, ids: torch.Tensor) -> Difference:
     """Compare the logits of the model under its masks with those of the checkpoint in `folder`.
 
     Every process calls it, and holds its part of both.

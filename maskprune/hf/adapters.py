@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
+from maskprune.files import JsonObject
 from maskprune.hf.families import stock_model
 
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+
 # Options of PEFT that change the merge; what they say when they are not in use.
-_PLAIN: dict[str, tuple[Any, ...]] = {
+_PLAIN: dict[str, tuple[object, ...]] = {
     "use_dora": (False, None),
     "use_qalora": (False, None),
     "use_bdlora": (False, None),
@@ -27,7 +32,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 _DO = "merge it with peft first (merge_and_unload, then save_pretrained)"
 
 
-def unmergeable(config: Mapping[str, Any]) -> str | None:
+def unmergeable(config: JsonObject) -> str | None:
     """Why an adapter of this config is not plain LoRA; None where it is.
 
     Args:
@@ -41,7 +46,7 @@ def unmergeable(config: Mapping[str, Any]) -> str | None:
     return f"is not plain LoRA ({what}); {_DO}"
 
 
-def adapted_layers(base: Any) -> dict[str, Any]:
+def adapted_layers(base: nn.Module) -> dict[str, Any]:
     """PEFT's layers in a stock model that add to a weight, by the name of the layer."""
     return {
         name: module
@@ -50,7 +55,7 @@ def adapted_layers(base: Any) -> dict[str, Any]:
     }
 
 
-def require_mergeable(model: Any) -> None:
+def require_mergeable(model: nn.Module) -> None:
     """Refuse a model whose adapters cannot be merged exactly into stock weights.
 
     Args:
@@ -86,7 +91,7 @@ def require_mergeable(model: Any) -> None:
             )
 
 
-def _configs(base: Any) -> dict[str, Any]:
+def _configs(base: nn.Module) -> dict[str, PeftConfig]:
     # Where adapters were put inside a stock model without PEFT's wrapper.
     return getattr(base, "peft_config", None) or {}
 

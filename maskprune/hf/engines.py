@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from maskprune.hf.families import FAMILIES, text_config
 from maskprune.hf.shape import Shape, shape_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 
 # What each line was tried with, llama.cpp's by `make engines` (docs/engines.md); "read" is the
 # engine's source, not a run.
@@ -94,7 +98,7 @@ def engine_name(target: str) -> str | None:
     return name if name in ENGINES else None
 
 
-def verdict(config: Any, engine: str) -> Verdict | None:
+def verdict(config: PreTrainedConfig, engine: str) -> Verdict | None:
     """What `engine` does with a checkpoint of this config; None where nothing is known.
 
     Args:
@@ -114,7 +118,7 @@ def verdict(config: Any, engine: str) -> Verdict | None:
 _SCALE = "it takes another scale of queries"
 
 
-def _answer(config: Any, engine: str) -> tuple[str, str]:
+def _answer(config: PreTrainedConfig, engine: str) -> tuple[str, str]:
     model_type, shape = config.model_type, shape_of(config)
     hidden = text_config(config).hidden_size
     if why := _REFUSES.get(engine, {}).get(model_type):
@@ -140,7 +144,7 @@ def _answer(config: Any, engine: str) -> tuple[str, str]:
     return "loads", ""
 
 
-def _llama_cpp(config: Any, hidden: int, shape: Shape) -> tuple[str, str]:
+def _llama_cpp(config: PreTrainedConfig, hidden: int, shape: Shape) -> tuple[str, str]:
     if getattr(config, "attention_out_bias", False):
         return "refused", f"it has no output bias in the {config.model_type} class"
     if config.model_type == "phi" and shape.kv_heads != shape.heads:

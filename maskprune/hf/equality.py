@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from maskprune.hf.families import FAMILIES, stock_model
 from maskprune.hf.head import head_of, last_hidden_states
+
+if TYPE_CHECKING:
+    pass
+
 
 # Share of the largest logit that rounding may move; half precision rounds weights and activations.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 2e-2}
@@ -58,7 +62,7 @@ def difference_of(
 
 
 @torch.no_grad()
-def compare_logits(a: Any, b: Any, input_ids: torch.Tensor) -> Difference:
+def compare_logits(a: nn.Module, b: nn.Module, input_ids: torch.Tensor) -> Difference:
     """The largest difference of two models' logits on `input_ids` (B, T), in eval mode.
 
     No more than a block's hidden states and a few tokens' logits are held at once; of a family
@@ -92,7 +96,7 @@ def _total(slices: Iterable[torch.Tensor]) -> Difference:
     return Difference(largest, largest_logit, agreed / tokens)
 
 
-def _states(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, ToLogits]:
+def _states(model: nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, ToLogits]:
     if stock_model(model).config.model_type in FAMILIES:
         return hidden_states_of(model, ids), head_of(model)
     training = model.training

@@ -9,12 +9,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
-def _takes_all(config: Any) -> str | None:
+
+def _takes_all(config: PreTrainedConfig) -> str | None:
     return None
 
 
@@ -34,6 +38,8 @@ class Family:
         transposed: weights are (in, out), GPT-2's Conv1D.
         no_heads: why heads stay, or None where they can go.
         on_disk: (start of a name in a checkpoint, in the model), where the two differ.
+        heads_divide_hidden: transformers >= 5.4 refuses other head counts than those that divide
+            the hidden size.
         refuses: why a variant, told by its config, is not supported.
     """
 
@@ -58,7 +64,8 @@ class Family:
     fused: bool = False
     no_heads: str | None = None
     on_disk: tuple[tuple[str, str], ...] = ()
-    refuses: Callable[[Any], str | None] = _takes_all
+    heads_divide_hidden: bool = False
+    refuses: Callable[[PreTrainedConfig], str | None] = _takes_all
 
     @property
     def prunes_heads(self) -> bool:
@@ -85,7 +92,8 @@ class Family:
 _NO_HEAD_SIZE = "the config has no head size, so the head count cannot change"
 _FIXED_OUTPUT = "the attention output is fixed to the hidden size, so the head count cannot change"
 _WHOLE_NORM = "the q and k norms span all heads, so removing one changes the others"
-_GPT: dict[str, Any] = dict(
+_gpt = partial(
+    Family,
     layers="transformer.h",
     attention="attn",
     gate_up=("c_fc",),
@@ -96,11 +104,11 @@ _GPT: dict[str, Any] = dict(
     width_field="n_inner",
     no_heads=_NO_HEAD_SIZE,
 )
-_GEMMA: dict[str, Any] = dict(activation="gelu_tanh")
+_gemma = partial(Family, activation="gelu_tanh", heads_divide_hidden=True)
 _SOFTCAP = "final_logit_softcapping"
 
 
-def _refuses_longrope(config: Any) -> str | None:
+def _refuses_longrope(config: PreTrainedConfig) -> str | None:
     if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
         return (
             "with longrope (Phi-3's 128k variants): transformers derives its rope table from "
@@ -109,7 +117,7 @@ def _refuses_longrope(config: Any) -> str | None:
     return None
 
 
-def _refuses_qk_layernorm(config: Any) -> str | None:
+def _refuses_qk_layernorm(config: PreTrainedConfig) -> str | None:
     if getattr(config, "qk_layernorm", False):
         return "with qk_layernorm: transformers derives its norms' size from hidden_size / heads"
     return None
@@ -118,7 +126,7 @@ def _refuses_qk_layernorm(config: Any) -> str | None:
 FAMILIES: dict[str, Family] = {
     row.model_type: row
     for row in (
-        Family("llama"),
+        Family("llama", heads_divide_hidden=True),
         Family("mistral"),
         Family("ministral3"),
         Family("qwen2"),
@@ -132,11 +140,11 @@ FAMILIES: dict[str, Family] = {
         Family("ernie4_5"),
         Family("hunyuan_v1_dense"),
         Family("olmo"),
-        Family("cwm"),
-        Family("gemma", **_GEMMA),
-        Family("gemma2", softcap=_SOFTCAP, **_GEMMA),
-        Family("gemma3_text", softcap=_SOFTCAP, **_GEMMA),
-        Family(
+        Family("cwm", heads_divide_hidden=True),
+        _gemma("gemma"),
+        _gemma("gemma2", softcap=_SOFTCAP),
+        _gemma("gemma3_text", softcap=_SOFTCAP),
+        _gemma(
             "gemma3",
             layers="model.language_model.layers",
             on_disk=(
@@ -146,9 +154,8 @@ FAMILIES: dict[str, Family] = {
                 ("vision_tower.vision_model.", "model.vision_tower."),
                 ("multi_modal_projector.", "model.multi_modal_projector."),
             ),
-            **_GEMMA,
         ),
-        Family("vaultgemma", softcap=_SOFTCAP, **_GEMMA),
+        _gemma("vaultgemma", softcap=_SOFTCAP),
         Family(
             "phi3",
             qkv=("qkv_proj",),
@@ -168,9 +175,9 @@ FAMILIES: dict[str, Family] = {
         ),
         Family("starcoder2", gate_up=("c_fc",), down="c_proj", activation="gelu_tanh"),
         Family("nemotron", gate_up=("up_proj",), activation="relu2"),
-        Family("arcee", gate_up=("up_proj",), activation="relu2"),
+        Family("arcee", gate_up=("up_proj",), activation="relu2", heads_divide_hidden=True),
         Family("apertus", gate_up=("up_proj",), activation="xielu"),
-        Family("jais2", gate_up=("up_proj",), activation="relu2"),
+        Family("jais2", gate_up=("up_proj",), activation="relu2", heads_divide_hidden=True),
         Family("nanochat", gate_up=("fc1",), down="fc2", activation="relu2", softcap=_SOFTCAP),
         Family("olmo2", no_heads=_WHOLE_NORM),
         Family("olmo3", no_heads=_WHOLE_NORM),
@@ -184,18 +191,15 @@ FAMILIES: dict[str, Family] = {
         ),
         Family("stablelm", no_heads=_FIXED_OUTPUT),
         Family("helium", no_heads=_FIXED_OUTPUT),
-        Family("gpt2", qkv=("c_attn",), o="c_proj", transposed=True, **_GPT),
-        Family("gpt_bigcode", qkv=("c_attn",), o="c_proj", **_GPT),
-        Family("gptj", **_GPT | dict(o="out_proj", gate_up=("fc_in",), down="fc_out")),
-        Family(
+        _gpt("gpt2", qkv=("c_attn",), o="c_proj", transposed=True),
+        _gpt("gpt_bigcode", qkv=("c_attn",), o="c_proj"),
+        _gpt("gptj", o="out_proj", gate_up=("fc_in",), down="fc_out"),
+        _gpt(
             "gpt_neo",
-            **_GPT
-            | dict(
-                attention="attn.attention",
-                o="out_proj",
-                heads_field="num_heads",
-                width_field="intermediate_size",
-            ),
+            attention="attn.attention",
+            o="out_proj",
+            heads_field="num_heads",
+            width_field="intermediate_size",
         ),
         Family(
             "gpt_neox",
@@ -226,12 +230,12 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def text_config(config: Any) -> Any:
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The part of a transformers config that describes the language model; mostly all of it."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def family_of(config: Any) -> Family:
+def family_of(config: PreTrainedConfig) -> Family:
     """The table row of a transformers config.
 
     Raises:
@@ -253,7 +257,7 @@ def family_of(config: Any) -> Family:
     return family
 
 
-def _why_unsupported(config: Any) -> str | None:
+def _why_unsupported(config: PreTrainedConfig) -> str | None:
     """What in a config of an unknown family keeps its heads or FFN units from being uniform."""
     text = text_config(config)
 
@@ -276,7 +280,7 @@ def _why_unsupported(config: Any) -> str | None:
     return None
 
 
-def _nearest(config: Any) -> str | None:
+def _nearest(config: PreTrainedConfig) -> str | None:
     """What of the table is nearest to a family that is not in it."""
     text = getattr(text_config(config), "model_type", None)
     if text != getattr(config, "model_type", None) and text in FAMILIES:
@@ -299,7 +303,7 @@ def family_matrix() -> str:
     return "\n".join(lines)
 
 
-def head_dim(config: Any) -> int:
+def head_dim(config: PreTrainedConfig) -> int:
     """Size d_h of one head, whether the config names it or not."""
     config = text_config(config)
     return int(
@@ -307,13 +311,13 @@ def head_dim(config: Any) -> int:
     )
 
 
-def kv_heads(config: Any) -> int:
+def kv_heads(config: PreTrainedConfig) -> int:
     """KV heads G of a layer; equal to the query heads where the config does not tell."""
     config = text_config(config)
     return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
-def ffn_width(config: Any) -> int:
+def ffn_width(config: PreTrainedConfig) -> int:
     """FFN width F (GPT-2 leaves `n_inner` empty for 4 d)."""
     text = text_config(config)
     width = getattr(text, family_of(config).width_field, None)
@@ -325,17 +329,19 @@ def get_submodule(module: nn.Module, path: str) -> nn.Module:
     return module.get_submodule(path) if path else module
 
 
-def stock_model(model: Any) -> Any:
+def stock_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model itself, inside wrappers of PEFT and torch.compile or not."""
+    inner: Any = model
     while True:
-        if (inner := getattr(model, "_orig_mod", None)) is None:
-            if not hasattr(model, "get_base_model"):
-                return model
-            inner = model.get_base_model()
-        model = inner
+        if hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        elif hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        else:
+            return inner
 
 
-def require_causal_lm(model: Any) -> Any:
+def require_causal_lm(model: nn.Module) -> PreTrainedModel:
     """`stock_model(model)`, if that is a causal LM of a family in the table.
 
     Raises:
@@ -355,13 +361,13 @@ def require_causal_lm(model: Any) -> Any:
     return base
 
 
-def decoder_of(model: Any) -> nn.Module:
+def decoder_of(model: nn.Module) -> nn.Module:
     """The module of a stock model that runs the blocks and what follows them, all but the head."""
     base = stock_model(model)
     return get_submodule(base, family_of(base.config).layers.rpartition(".")[0])
 
 
-def layers_of(model: Any) -> Sequence[nn.Module]:
+def layers_of(model: nn.Module) -> Sequence[nn.Module]:
     """The L transformer blocks of a stock model, also inside a PEFT wrapper."""
     base = stock_model(model)
     return list(get_submodule(base, family_of(base.config).layers).children())

@@ -6,8 +6,8 @@ takes the hidden states and applies the head to a slice of tokens at a time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -33,8 +33,8 @@ class Head:
     @property
     def obstacle(self) -> str | None:
         """Why the head is more than its frozen weight and bias; None where it is not."""
-        module: Any = self.module
-        if type(module) is not nn.Linear:
+        module = self.module
+        if not isinstance(module, nn.Linear) or type(module) is not nn.Linear:
             return f"the head is a {type(module).__name__}, adapted or quantised"
         if any(p.requires_grad for p in module.parameters()):
             return "the head is trained"
@@ -45,7 +45,7 @@ class Head:
         return None
 
 
-def head_of(model: Any) -> Head:
+def head_of(model: nn.Module) -> Head:
     """The head of a stock model of a known family, inside a PEFT wrapper or not."""
     base = stock_model(model)
     family, config = family_of(base.config), text_config(base.config)
@@ -57,7 +57,9 @@ def head_of(model: Any) -> Head:
     return Head(base.get_output_embeddings(), scale, setting(family.softcap))
 
 
-def last_hidden_states(model: nn.Module, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
+def last_hidden_states(
+    model: nn.Module, input_ids: torch.Tensor, **options: object
+) -> torch.Tensor:
     """What the head is given for `input_ids` (B, T): (B, T, d).
 
     The model runs as a whole, inside whatever wraps it, and makes logits of the last token only.
@@ -67,7 +69,7 @@ def last_hidden_states(model: nn.Module, input_ids: torch.Tensor, **options: Any
     """
     seen: list[torch.Tensor] = []
 
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
+    def keep(module: nn.Module, args: object, output: Sequence[torch.Tensor]) -> None:
         seen.append(output[0])
 
     handle = decoder_of(model).register_forward_hook(keep)
@@ -78,7 +80,7 @@ def last_hidden_states(model: nn.Module, input_ids: torch.Tensor, **options: Any
     return seen[-1]
 
 
-def tail_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+def tail_of(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """What a decoder does after its last block, to that block's output (B, T, d)."""
     decoder = decoder_of(model)
     for name in family_of(stock_model(model).config).tail:

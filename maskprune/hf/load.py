@@ -5,12 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from maskprune.files import JsonObject
 from maskprune.hf.demo_model import MODEL_NAME, demo_model_dir, gguf_options
 from maskprune.hf.quiet import quiet_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 DTYPES = {
     "float32": torch.float32,
@@ -88,7 +93,7 @@ def check_checkpoint(folder: Path) -> None:
     raise ValueError(f"{folder} holds no weights (*.safetensors or *.gguf); fetch it again")
 
 
-def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer that lies with a model.
 
     Raises:
@@ -97,7 +102,7 @@ def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     where = resolve_model(name)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    options: JsonObject = {"trust_remote_code": trust_remote_code}
     if Path(where).is_dir() and (gguf := gguf_file(Path(where))):
         options["gguf_file"] = gguf
     try:
@@ -115,7 +120,7 @@ def load_model(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
-) -> tuple[Any, Any]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model in eval mode, tokenizer) of a folder, a hub id, or the embedded demo's name.
 
     Args:
@@ -131,7 +136,7 @@ def load_model(
     on = torch_device(device)
     where = resolve_model(name)
     tokenizer = load_tokenizer(where, trust_remote_code=trust_remote_code)
-    options: dict[str, Any] = {"dtype": torch_dtype(dtype), "trust_remote_code": trust_remote_code}
+    options: JsonObject = {"dtype": torch_dtype(dtype), "trust_remote_code": trust_remote_code}
     if Path(where).is_dir() and (gguf := gguf_file(Path(where))):
         options |= gguf_options(gguf)
     else:
@@ -166,7 +171,7 @@ def load_model(
 
 
 @torch.no_grad()
-def require_finite_weights(model: Any, name: str | Path) -> None:
+def require_finite_weights(model: PreTrainedModel, name: str | Path) -> None:
     """Refuse weights from which nothing can be learned.
 
     Raises:
@@ -181,7 +186,7 @@ def require_finite_weights(model: Any, name: str | Path) -> None:
             )
 
 
-def torch_dtype(name: str) -> Any:
+def torch_dtype(name: str) -> torch.dtype | str:
     """torch's dtype of a name; `auto` stays `auto`.
 
     Raises:

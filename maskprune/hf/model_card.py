@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+from maskprune.files import JsonObject
 
 SHAPE_ROWS = (
     ("layers", "layers"),
@@ -20,7 +20,7 @@ SHAPE_ROWS = (
 )
 
 
-def number(value: Any) -> str:
+def number(value: object) -> str:
     """A setting or size as people read it."""
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "none"}[value]
@@ -31,7 +31,7 @@ def number(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def model_card(info: Mapping[str, Any]) -> str:
+def model_card(info: JsonObject) -> str:
     """README.md of a pruned checkpoint, with the header that the Hugging Face hub reads.
 
     Args:
@@ -48,7 +48,7 @@ def model_card(info: Mapping[str, Any]) -> str:
     base = str(info.get("base_model") or "")
     on_hub = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", base)) and not Path(base).exists()
     shown = f"[{base}](https://huggingface.co/{base})" if on_hub else (Path(base).name or "a model")
-    header: dict[str, Any] = {"base_model": base} if on_hub else {}
+    header: JsonObject = {"base_model": base} if on_hub else {}
     header |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
     kind = "2-4-sparsity" if info.get("pattern") else "structured-pruning"
     header["tags"] = ["maskprune", "pruned", kind]
@@ -87,7 +87,7 @@ def model_card(info: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _card_summary(info: Mapping[str, Any], shown: str) -> str:
+def _card_summary(info: JsonObject, shown: str) -> str:
     if pattern := info.get("pattern"):
         return (
             f"{shown} with two of every four consecutive weights at zero ({pattern}) in every "
@@ -102,7 +102,7 @@ def _card_summary(info: Mapping[str, Any], shown: str) -> str:
     )
 
 
-def _card_made(info: Mapping[str, Any]) -> list[str]:
+def _card_made(info: JsonObject) -> list[str]:
     facts = [
         (label, number(info[key]))
         for key, label in (
@@ -122,7 +122,7 @@ def _card_made(info: Mapping[str, Any]) -> list[str]:
     return ["## How it was made", f"| | |\n|---|---|\n{rows}"] if facts else []
 
 
-def _card_proof(info: Mapping[str, Any]) -> list[str]:
+def _card_proof(info: JsonObject) -> list[str]:
     parts = []
     if difference := info.get("difference"):
         line = f"Largest difference {difference['largest']:.3g}"

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING
 
-from maskprune.hf.families import family_of, text_config
+from maskprune.files import JsonObject
+from maskprune.hf.families import FAMILIES, family_of, text_config
 from maskprune.hf.shape import Shape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 
 ARCH_FALLBACKS = ("mistral", "divisor", "error")
 
 # Classes that compute the same function once heads are gone, and their settings; the first that
 # takes the shape is chosen. Which engines read a head size other than hidden / heads in which
 # class: maskprune/hf/engines.py.
-_TWINS: dict[str, dict[str, dict[str, Any]]] = {
+_TWINS: dict[str, dict[str, JsonObject]] = {
     # The Mistral class takes its default window of 4096 where none is named.
     "llama": {"mistral": {"sliding_window": None}},
     "qwen2": {
@@ -30,21 +35,10 @@ _SHARED_FIELDS = (
     "rope_parameters attention_dropout attention_bias mlp_bias sliding_window dtype"
 ).split()
 
-# transformers >= 5.4 refuses these where the head count does not divide the hidden size.
-_HEADS_DIVIDE_HIDDEN = (
-    "llama",
-    "cwm",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "gemma3",
-    "vaultgemma",
-    "arcee",
-    "jais2",
-)
 
-
-def pruned_class(config: Any, heads: int, arch_fallback: str = "mistral") -> str | None:
+def pruned_class(
+    config: PreTrainedConfig, heads: int, arch_fallback: str = "mistral"
+) -> str | None:
     """The stock class of this model with `heads` query heads a layer; None where none takes it.
 
     Args:
@@ -67,12 +61,12 @@ def pruned_class(config: Any, heads: int, arch_fallback: str = "mistral") -> str
     return native if _takes(config, native, heads) else None
 
 
-def takes_heads(config: Any, heads: int, arch_fallback: str = "mistral") -> bool:
+def takes_heads(config: PreTrainedConfig, heads: int, arch_fallback: str = "mistral") -> bool:
     """Whether a stock class loads this model with `heads` query heads a layer."""
     return pruned_class(config, heads, arch_fallback) is not None
 
 
-def why_heads_stay(config: Any, arch_fallback: str = "mistral") -> str | None:
+def why_heads_stay(config: PreTrainedConfig, arch_fallback: str = "mistral") -> str | None:
     """Why no head of this model can go, or None where some can."""
     family = family_of(config)
     if not family.prunes_heads:
@@ -89,11 +83,12 @@ def why_heads_stay(config: Any, arch_fallback: str = "mistral") -> str | None:
     return f"{why}, which no class that engines run with fewer heads can express"
 
 
-def _takes(config: Any, model_type: str, heads: int) -> bool:
-    return model_type not in _HEADS_DIVIDE_HIDDEN or text_config(config).hidden_size % heads == 0
+def _takes(config: PreTrainedConfig, model_type: str, heads: int) -> bool:
+    divides = text_config(config).hidden_size % heads == 0
+    return divides or not FAMILIES[model_type].heads_divide_hidden
 
 
-def _same_function(config: Any, twin: str) -> bool:
+def _same_function(config: PreTrainedConfig, twin: str) -> bool:
     """Whether the class `twin` computes what `config` does."""
     if config.model_type == "llama":
         return not (config.attention_bias or config.mlp_bias)
@@ -103,7 +98,9 @@ def _same_function(config: Any, twin: str) -> bool:
     return float(rope.get("partial_rotary_factor", 1.0)) == 1.0
 
 
-def target_config(config: Any, shape: Shape, arch_fallback: str = "mistral") -> Any:
+def target_config(
+    config: PreTrainedConfig, shape: Shape, arch_fallback: str = "mistral"
+) -> PreTrainedConfig:
     """The stock config of `config` cut to `shape`, of the class that `pruned_class` names.
 
     Args:
@@ -142,14 +139,14 @@ def target_config(config: Any, shape: Shape, arch_fallback: str = "mistral") -> 
     return small
 
 
-def zero_tensors(config: Any, small: Any) -> list[str]:
+def zero_tensors(config: PreTrainedConfig, small: PreTrainedConfig) -> list[str]:
     """Names of the tensors that the class of `small` has beyond that of `config`; all are 0."""
     if (config.model_type, small.model_type) != ("qwen2", "llama"):
         return []
     return [f"model.layers.{i}.self_attn.o_proj.bias" for i in range(small.num_hidden_layers)]
 
 
-def _as_class(config: Any, model_type: str) -> Any:
+def _as_class(config: PreTrainedConfig, model_type: str) -> PreTrainedConfig:
     from transformers import CONFIG_MAPPING
 
     fields, kind = config.to_dict(), CONFIG_MAPPING[model_type]

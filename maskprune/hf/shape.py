@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -27,7 +26,7 @@ class Shape:
         )
 
 
-def shape_of(config: Any) -> Shape:
+def shape_of(config: PreTrainedConfig) -> Shape:
     """The dimensions of a transformers config of a known family.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from maskprune.ops.backend import DTYPE_CODES, FLOATS, Backend, choose, compiled
-from maskprune.ops.register import register
+from maskprune.ops.register import Context, Inputs, register
 
 # Which two of four consecutive inputs each candidate keeps: 1100, 1010, 1001, 0110, 0101, 0011.
 SLOTS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
@@ -331,13 +331,13 @@ def _backward(
     return reference_backward(dmasked, dnorm_sq, weight, logits, seed, kappa, tau).contiguous()
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _save(ctx: Context, inputs: Inputs, output: tuple[torch.Tensor, ...]) -> None:
     *tensors, ctx.backend = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _gradients(
-    ctx: Any, dmasked: torch.Tensor, dnorm_sq: torch.Tensor
+    ctx: Context, dmasked: torch.Tensor, dnorm_sq: torch.Tensor
 ) -> tuple[torch.Tensor | None, ...]:
     dlogits = torch.ops.maskprune.gumbel_two_four_backward(
         dmasked, dnorm_sq, *ctx.saved_tensors, ctx.backend
@@ -345,7 +345,7 @@ def _gradients(
     return None, dlogits, None, None, None, None
 
 
-def _no_second_gradients(ctx: Any, ddlogits: torch.Tensor) -> None:
+def _no_second_gradients(ctx: Context, ddlogits: torch.Tensor) -> None:
     raise RuntimeError(
         "gumbel_two_four: asked for the gradient of its gradient; expected one backward; take the "
         "first gradient without create_graph"

@@ -6,12 +6,10 @@ cap(z) = softcap * tanh(z / softcap) - p, q = softmax of the student's and the t
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.nn import functional
 
-from maskprune.ops.register import register
+from maskprune.ops.register import Context, Inputs, register
 
 KL_DIRECTIONS = ("teacher_student", "student_teacher")
 # Of one chunk's logits in the dtype they are computed in; three or four of that size are alive.
@@ -228,12 +226,12 @@ def _logits(
     return z.div_(softcap).tanh_().mul_(softcap) if softcap else z
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+def _save(ctx: Context, inputs: Inputs, output: tuple[torch.Tensor, torch.Tensor]) -> None:
     ctx.save_for_backward(output[1])
     ctx.tokens = inputs[0].shape[0]
 
 
-def _gradients(ctx: Any, upstream: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+def _gradients(ctx: Context, upstream: torch.Tensor, _: object) -> tuple[torch.Tensor | None, ...]:
     if torch.is_grad_enabled():
         raise RuntimeError(
             "linear_kl has no second derivative; use maskprune.ops.linear_kl.reference"

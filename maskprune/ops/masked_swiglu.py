@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 
 from maskprune.ops.backend import DTYPE_CODES, FLOATS, Backend, choose, compiled
-from maskprune.ops.register import register
+from maskprune.ops.register import Context, Inputs, register
 from maskprune.ops.rows import as_rows
 
 ACTIVATIONS = ("silu", "gelu_tanh")
@@ -192,12 +190,12 @@ def _backward(
     return dgate.contiguous(), dup.contiguous(), dmask
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _save(ctx: Context, inputs: Inputs, output: torch.Tensor) -> None:
     gate, up, mask, ctx.activation, ctx.backend = inputs
     ctx.save_for_backward(gate, up, mask)
 
 
-def _gradients(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _gradients(ctx: Context, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     grads = torch.ops.maskprune.masked_swiglu_backward(
         dout, *ctx.saved_tensors, ctx.activation, ctx.backend
     )

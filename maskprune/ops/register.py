@@ -7,13 +7,17 @@ from typing import Any
 
 import torch
 
+# What autograd hands from forward to backward takes any attribute; inputs are a schema's.
+Context = Any
+Inputs = tuple[Any, ...]
+
 
 def register(
     schema: str,
-    run: Callable[..., Any],
-    fake: Callable[..., Any],
+    run: Callable[..., object],
+    fake: Callable[..., object],
     *,
-    gradients: Callable[..., Any] | None = None,
+    gradients: Callable[..., object] | None = None,
     save: Callable[..., None] | None = None,
 ) -> None:
     """`torch.ops.maskprune.<name>`; `fold_columns`, `gather_rows` and `minimax_step_` have none.

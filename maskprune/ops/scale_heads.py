@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from maskprune.ops.backend import DTYPE_CODES, FLOATS, Backend, choose, compiled
-from maskprune.ops.register import register
+from maskprune.ops.register import Context, Inputs, register
 from maskprune.ops.rows import as_rows
 
 
@@ -143,12 +141,12 @@ def _backward(
     return dx.contiguous(), dmask
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _save(ctx: Context, inputs: Inputs, output: torch.Tensor) -> None:
     x, mask, ctx.backend = inputs
     ctx.save_for_backward(x, mask)
 
 
-def _gradients(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _gradients(ctx: Context, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     dx, dmask = torch.ops.maskprune.scale_heads_backward(dout, *ctx.saved_tensors, ctx.backend)
     return dx, dmask, None
 

@@ -13,7 +13,7 @@ import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -30,6 +30,9 @@ from maskprune.structured.export import export, final_shape
 from maskprune.structured.masks import Masks, attach_masks, load_masks
 from maskprune.version import __version__
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 
 @dataclass(frozen=True)
 class Exported:
@@ -37,7 +40,7 @@ class Exported:
 
     path: Path
     shape: Shape
-    config: Any
+    config: PreTrainedConfig
     bytes_read: int
     bytes_written: int
     dropped: tuple[str, ...] = ()

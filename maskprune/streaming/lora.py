@@ -11,11 +11,10 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from maskprune.files import own_file
+from maskprune.files import JsonObject, own_file
 from maskprune.hf.adapters import unmergeable
 from maskprune.streaming.safetensors_file import Stored, read_header
 
@@ -103,7 +102,7 @@ def read_adapter(folder: Path) -> dict[str, Lora]:
     return adapted
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> JsonObject:
     path = folder / "adapter_config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -118,7 +117,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _scaling(config: dict[str, Any], module: str, rank: int) -> float:
+def _scaling(config: JsonObject, module: str, rank: int) -> float:
     alpha = config["lora_alpha"]
     for key, value in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({key})$", module):

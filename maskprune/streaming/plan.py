@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -26,6 +26,10 @@ from maskprune.streaming.safetensors_file import (
 from maskprune.structured.cuts import Cut
 from maskprune.structured.export import cuts_by_name
 from maskprune.structured.masks import Masks, require_same_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
 
 QUANTISED_ENDINGS = (
     ".qweight",
@@ -48,7 +52,7 @@ class StreamPlan:
     """
 
     shape: Shape
-    config: Any
+    config: PreTrainedConfig
     moves: dict[str, Move]
     shards: list[Shard]
     parameters: int
@@ -168,7 +172,7 @@ class _Layout:
     parameters: int
 
     @staticmethod
-    def of(config: Any, stored: dict[str, Stored], family: Family) -> _Layout:
+    def of(config: PreTrainedConfig, stored: dict[str, Stored], family: Family) -> _Layout:
         """Of a model of `config`, whose architecture is noted in it."""
         skeleton = _skeleton(config)
         config.architectures = [type(skeleton).__name__]
@@ -206,7 +210,7 @@ def _read_stored(source: Path) -> dict[str, Stored]:
     return stored
 
 
-def _read_config(source: Path) -> Any:
+def _read_config(source: Path) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     path = source / "config.json"
@@ -240,7 +244,7 @@ def _refuse_quantised(source: Path, stored: dict[str, Stored]) -> None:
             )
 
 
-def _skeleton(config: Any) -> Any:
+def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The stock model without storage: the names, shapes and order of its tensors."""
     from transformers import AutoModelForCausalLM
 
@@ -249,7 +253,7 @@ def _skeleton(config: Any) -> Any:
 
 
 def _disk_names(
-    stored: Iterable[str], expected: dict[str, Any], prefix: str, family: Family
+    stored: Iterable[str], expected: Mapping[str, tuple[int, ...]], prefix: str, family: Family
 ) -> dict[str, str]:
     """The names that a checkpoint gives its tensors, by the model's own names.
 

@@ -14,7 +14,8 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from maskprune.files import JsonObject
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -195,7 +196,7 @@ class _Wrong(Exception):
     """What is wrong with a file; the caller adds its name."""
 
 
-def _load_header(path: Path) -> tuple[tuple[list[tuple[str, Any]], int], int]:
+def _load_header(path: Path) -> tuple[tuple[list[tuple[str, object]], int], int]:
     """((tensor entries, first byte of the data), bytes of the data)."""
     with path.open("rb") as file:
         total = file.seek(0, 2)
@@ -225,8 +226,8 @@ def _load_header(path: Path) -> tuple[tuple[list[tuple[str, Any]], int], int]:
     return (list(header.items()), 8 + length), total - 8 - length
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _no_duplicates(pairs: list[tuple[str, object]]) -> JsonObject:
+    found: JsonObject = {}
     for name, value in pairs:
         if name in found:
             raise _Wrong(f"the header has {name[:80]!r} twice")
@@ -234,7 +235,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _stored(path: Path, name: str, entry: Any, data_at: int) -> Stored:
+def _stored(path: Path, name: str, entry: object, data_at: int) -> Stored:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _Wrong(f"tensor {name!r}: expected dtype, shape and data_offsets")
     if name.encode("utf-8", "replace").decode() != name:
@@ -259,7 +260,7 @@ def _stored(path: Path, name: str, entry: Any, data_at: int) -> Stored:
     return Stored(name, dtype, tuple(shape), path, data_at + begin, end - begin)
 
 
-def _naturals(values: Any) -> bool:
+def _naturals(values: object) -> bool:
     # Bounded, so that a product of them stays cheap.
     return (
         isinstance(values, list)
@@ -300,7 +301,7 @@ def _read_index(index: Path) -> dict[str, str]:
 
 def _shard(file_name: str, group: list[Planned]) -> Shard:
     ordered = sorted(group, key=lambda t: (_DTYPE_ORDER[t.dtype], t.name.encode()))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: JsonObject = {"__metadata__": {"format": "pt"}}
     at, ranges = 0, []
     for tensor in ordered:
         header[tensor.name] = {

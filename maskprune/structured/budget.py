@@ -7,9 +7,10 @@ kind's share of the attention and FFN weights, D its units per row.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from maskprune.config import BudgetConfig
 from maskprune.hf.engines import engine_name
@@ -18,19 +19,22 @@ from maskprune.hf.pruned_config import ARCH_FALLBACKS, takes_heads, why_heads_st
 from maskprune.hf.shape import Shape, shape_of
 from maskprune.structured.cuts import HEAD_UNITS, mask_rows
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
-def attention_weights(config: Any, shape: Shape) -> int:
+
+def attention_weights(config: PreTrainedConfig, shape: Shape) -> int:
     """Weights of the attention projections of one layer (biases and norms not counted)."""
     d, d_h = text_config(config).hidden_size, shape.head_dim
     return 2 * d * shape.heads * d_h + 2 * d * shape.kv_heads * d_h
 
 
-def ffn_weights(config: Any, shape: Shape) -> int:
+def ffn_weights(config: PreTrainedConfig, shape: Shape) -> int:
     """Weights of the FFN of one layer (biases not counted)."""
     return (3 if family_of(config).gated else 2) * text_config(config).hidden_size * shape.ffn
 
 
-def layer_weights(config: Any, shape: Shape) -> int:
+def layer_weights(config: PreTrainedConfig, shape: Shape) -> int:
     """Attention and FFN weights of one layer: what `sparsity` is a share of."""
     return attention_weights(config, shape) + ffn_weights(config, shape)
 
@@ -78,7 +82,7 @@ class Budget:
 
     def __init__(
         self,
-        model: Any,
+        model: nn.Module | PreTrainedConfig,
         sparsity: float | None = None,
         *,
         head_unit: str = "kv_group",
@@ -88,7 +92,8 @@ class Budget:
         arch_fallback: str = "mistral",
         targets: str | None = None,
     ) -> None:
-        config = getattr(model, "config", model)
+        given: Any = model
+        config: PreTrainedConfig = getattr(given, "config", given)
         self.config = config
         self.family = family_of(config)
         self.shape = shape_of(config)
@@ -130,7 +135,7 @@ class Budget:
         self.sparsity = 1.0 - self.R_star
 
     @classmethod
-    def of(cls, model: Any, settings: BudgetConfig) -> Budget:
+    def of(cls, model: nn.Module | PreTrainedConfig, settings: BudgetConfig) -> Budget:
         """The budget that a command's settings ask for."""
         return cls(
             model,

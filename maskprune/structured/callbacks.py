@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import nn
-from transformers import TrainerCallback
+from torch.optim import Optimizer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from maskprune.structured.minimax import Minimax
 from maskprune.structured.signal import MaskSignal
@@ -23,19 +23,34 @@ class PruneCallback(TrainerCallback):
     def __init__(self, solver: Minimax, max_grad_norm: float = 0.0) -> None:
         self.solver, self.max_grad_norm = solver, max_grad_norm
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Optimizer | None = None,
+        **kw: object,
+    ) -> None:
         # DeepSpeed and the like make theirs later.
-        if (optimizer := kw.get("optimizer")) is not None:
+        if optimizer is not None:
             self.solver.require_trained(p for g in optimizer.param_groups for p in g["params"])
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
-        if self.max_grad_norm:
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kw: object,
+    ) -> None:
+        if self.max_grad_norm and model is not None:
             mask_ids = {id(p) for p in self.solver.masks.parameters()}
-            model: nn.Module = kw["model"]
             weights = [p for p in model.parameters() if p.requires_grad and id(p) not in mask_ids]
             clip_gradients(weights, self.max_grad_norm)
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: object
+    ) -> None:
         self.solver.step()
 
 
@@ -55,17 +70,26 @@ class LockCallback(TrainerCallback):
         self.done = False
         self.residuals: dict[str, float] | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: object
+    ) -> None:
         self.done = self.solver.locked
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
-        if self.done or not self.solver.locked:
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Optimizer | None = None,
+        **kw: object,
+    ) -> None:
+        if self.done or not self.solver.locked or optimizer is None:
             return
         self.done = True
         self.residuals = self.solver.settle()
         for p in self.compensation():
             # Moments of the old factors say nothing of the new ones.
-            for moment in kw["optimizer"].state.get(p, {}).values():
+            for moment in optimizer.state.get(p, {}).values():
                 moment.zero_()
 
 
@@ -75,5 +99,7 @@ class SignalCallback(TrainerCallback):
     def __init__(self, signal: MaskSignal) -> None:
         self.signal = signal
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: object
+    ) -> None:
         self.signal.add_gradients()

@@ -174,7 +174,9 @@ def _grams(
     """H of each place, float32, from the dense model's activations on `parts` (B, T)."""
     grams: dict[Place, torch.Tensor] = {}
 
-    def see(kind: str, layer: int, module: nn.Module, x: torch.Tensor, g: Any) -> None:
+    def see(
+        kind: str, layer: int, module: nn.Module, x: torch.Tensor, g: torch.Tensor | None
+    ) -> None:
         if (kind, layer) not in wanted:
             return
         with torch.autocast(x.device.type, enabled=False):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from maskprune.hf.adapters import adapted_layers
 from maskprune.hf.families import layers_of, stock_model
@@ -89,14 +90,18 @@ def _checkpoints_activations(base: nn.Module) -> bool:
 
 
 def _teacher_first(
-    model: nn.Module, base: Any, masks: Masks, input_ids: torch.Tensor, with_hidden: bool
+    model: nn.Module,
+    base: PreTrainedModel,
+    masks: Masks,
+    input_ids: torch.Tensor,
+    with_hidden: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Last hidden states of student and teacher, and the MSE of their blocks' kept outputs."""
 
     def kept() -> tuple[torch.Tensor, list[torch.Tensor]]:
         states: list[torch.Tensor] = []
 
-        def keep(block: nn.Module, args: Any, output: Any) -> None:
+        def keep(block: nn.Module, args: object, output: Output) -> None:
             states.append(_hidden(output))
 
         blocks = layers_of(base) if with_hidden else []
@@ -117,7 +122,10 @@ def _teacher_first(
     return student, teacher, _sum(terms, student)
 
 
-def _hidden(output: Any) -> torch.Tensor:
+Output = torch.Tensor | tuple[torch.Tensor, ...]
+
+
+def _hidden(output: Output) -> torch.Tensor:
     """A block's output without what some versions give beside it."""
     h: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return h
@@ -128,7 +136,7 @@ def _sum(terms: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
 
 
 def _side_by_side(
-    model: nn.Module, base: Any, masks: Masks, input_ids: torch.Tensor
+    model: nn.Module, base: PreTrainedModel, masks: Masks, input_ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Last hidden states of student and teacher, and the sum over layers of the MSE.
 
@@ -138,7 +146,7 @@ def _side_by_side(
     state: dict[str, torch.Tensor] = {}
     terms: list[torch.Tensor] = []
 
-    def run_teacher(block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def run_teacher(block: nn.Module, args: Any, kwargs: Any, output: Output) -> None:
         nonlocal busy
         if busy:
             return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -17,6 +17,9 @@ from maskprune.hf.pruned_config import target_config, zero_tensors
 from maskprune.hf.shape import Shape
 from maskprune.structured.cuts import Cut, layer_cuts, pruned_shape
 from maskprune.structured.masks import Masks, require_same_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def final_shape(masks: Masks) -> Shape:
@@ -81,7 +84,7 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         yield stock_name.replace("_orig_mod.", ""), tensor
 
 
-def export(model: nn.Module, masks: Masks, *, arch_fallback: str = "mistral") -> Any:
+def export(model: nn.Module, masks: Masks, *, arch_fallback: str = "mistral") -> PreTrainedModel:
     """A new stock transformers model with the masks folded in and the pruned units gone.
 
     Exact: head masks go into the columns of W_O, FFN masks into the columns of W_down. The given

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -32,6 +32,10 @@ from maskprune.hf.families import (
 from maskprune.hf.shape import Shape, shape_of
 from maskprune.structured.cuts import mask_rows, query_head_mask
 from maskprune.structured.fused_ffn import fuse_ffn, unfusable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 
 FORMAT_VERSION = "1"
 MASKS_FILE = "masks.safetensors"
@@ -192,7 +196,7 @@ def load_masks(path: str | Path) -> Masks:
     return masks
 
 
-def require_same_model(masks: Masks, config: Any, name: str) -> None:
+def require_same_model(masks: Masks, config: PreTrainedConfig, name: str) -> None:
     """Refuse masks of another family or shape than the config's; `name` says whose it is.
 
     Raises:
@@ -292,16 +296,16 @@ def _ffn_mask(masks: Masks, layer: int) -> torch.Tensor | None:
 
 
 def _scale_units(
-    masks: Masks, layer: int, module: nn.Module, args: tuple[Any, ...]
-) -> tuple[Any, ...] | None:
+    masks: Masks, layer: int, module: nn.Module, args: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, ...] | None:
     if not masks.enabled:
         return None
     return (args[0] * masks.ffn[layer].to(args[0].dtype), *args[1:])
 
 
 def _scale_heads(
-    masks: Masks, layer: int, module: nn.Module, args: tuple[Any, ...]
-) -> tuple[Any, ...] | None:
+    masks: Masks, layer: int, module: nn.Module, args: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, ...] | None:
     if not masks.enabled:
         return None
     x, m = args[0], masks.layer_head(layer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,6 +13,10 @@ from maskprune.hf.families import text_config
 from maskprune.hf.pruned_config import target_config, why_heads_stay
 from maskprune.hf.shape import Shape, shape_of
 from maskprune.structured.budget import Budget, Split, layer_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 
 TARGETS = (*ENGINES, *ALIASES, "awq128", "gptq128", "fp8", "tp=N")
 
@@ -30,7 +34,7 @@ class Cost:
     tp_sizes: list[int]
 
 
-def cost(config: Any) -> Cost:
+def cost(config: PreTrainedConfig) -> Cost:
     """Cost of a stock config; builds the model on the meta device, without weights."""
     from transformers import AutoModelForCausalLM
 
@@ -116,7 +120,7 @@ def lint(shape: Shape, targets: str | None, before: Shape | None = None) -> list
     return notes
 
 
-def engine_notes(config: Any, targets: str | None) -> list[str]:
+def engine_notes(config: PreTrainedConfig, targets: str | None) -> list[str]:
     """What each engine among `targets` does with a checkpoint of `config`, one line each."""
     names = [engine_name(target.strip()) for target in (targets or "").split(",")]
     found = [verdict(config, name) for name in dict.fromkeys(names) if name]
@@ -132,7 +136,7 @@ class Plan:
     choices: list[tuple[Split, Cost, str, list[str]]]
 
 
-def plan(config: Any, budget: Budget, targets: str | None = None) -> Plan:
+def plan(config: PreTrainedConfig, budget: Budget, targets: str | None = None) -> Plan:
     """Every shape that training may end in, with what it costs."""
     before = shape_of(config)
     choices = []

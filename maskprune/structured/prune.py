@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, set_seed
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from maskprune.config import PruneConfig
+from maskprune.files import JsonObject
 from maskprune.hf.adapters import adapted_layers, require_mergeable
 from maskprune.hf.families import Family, family_of, output_names, require_causal_lm, text_config
 from maskprune.hf.head import head_of
@@ -38,6 +41,7 @@ from maskprune.training.checkpoints import (
 )
 from maskprune.training.data import block_order
 from maskprune.training.distributed import as_forward, on_first, rank
+from maskprune.training.documents import Source
 from maskprune.training.optimizer import adamw, require_optimizer
 from maskprune.training.progress import note, reporting
 from maskprune.training.sharding import (
@@ -88,7 +92,7 @@ class PruneResult:
     model: Any
     masks: Masks
     shape: Shape
-    trace: list[dict[str, Any]]
+    trace: list[JsonObject]
     residuals: dict[str, float]
     masked_model: Any
     budget: Budget
@@ -125,7 +129,7 @@ class PruneTrainer(BlockTrainer):
             self.settled_at = int(self.solver.read()["locked_at"]) + 1
         return None if self.settled_at is None else step - self.settled_at
 
-    def create_optimizer(self, model: Any = None) -> Any:
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         if self.optimizer is None:
             trained: Any = self.model
             mask_ids = {id(p) for p in self.masks.parameters()}
@@ -143,7 +147,9 @@ class PruneTrainer(BlockTrainer):
             )
         return self.optimizer
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: Optimizer | None = None
+    ) -> LRScheduler:
         if self.lr_scheduler is None:
             T, warmup = num_training_steps, max(1, round(self.config.warmup * num_training_steps))
 
@@ -168,8 +174,12 @@ class PruneTrainer(BlockTrainer):
         return self.lr_scheduler
 
     def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: object = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, JsonObject]:
         core = self.core
 
         def forward(ids: torch.Tensor) -> DistillLoss:
@@ -191,7 +201,7 @@ class PruneTrainer(BlockTrainer):
         super().require_finite()
         self.solver.require_healthy()
 
-    def trace_row(self, optimizer: Any) -> dict[str, Any]:
+    def trace_row(self, optimizer: Optimizer) -> JsonObject:
         now, left = self.solver.read(), self.solver.residuals()
         names = ("R", "y", "z", "r_head", "r_ffn", "s_head", "s_ffn", "interval", "shrink", "S")
         return {name: now[name] for name in names} | {
@@ -209,7 +219,9 @@ class PruneTrainer(BlockTrainer):
         """Masks and solver, which no run shards."""
         save_solver(folder, dict(self.masks.named_parameters()), self.solver.state_dict())
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
         folder, core = Path(resume_from_checkpoint), self.core
         if has_states(folder):
             load_trained(folder, core)
@@ -274,8 +286,8 @@ def require_reachable(budget: Budget, steps: int, config: PruneConfig) -> None:
 
 def prune(
     model: nn.Module,
-    tokenizer: Any,
-    data: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    data: Source | torch.Tensor,
     config: PruneConfig,
     *,
     run_dir: str | Path | None = None,
@@ -307,7 +319,7 @@ def prune(
     """
     from peft import LoraConfig, get_peft_model
 
-    core: Any = require_causal_lm(model)
+    core = require_causal_lm(model)
     if hasattr(model, "get_base_model") or adapted_layers(core):
         raise ValueError("the model has adapters already; merge them first: merge_and_unload()")
     require_trainable_dtype(core)
@@ -442,7 +454,7 @@ def prune(
     )
 
 
-def _outside_language_model(model: Any, family: Family) -> str | None:
+def _outside_language_model(model: PreTrainedModel, family: Family) -> str | None:
     """A pattern of the modules around the language model of a multimodal model, which text never
     reaches; None for a language model."""
     if text_config(model.config) is model.config:
@@ -451,7 +463,7 @@ def _outside_language_model(model: Any, family: Family) -> str | None:
     return rf"(?!{re.escape(decoder)}\.).*"
 
 
-def _progress_line(row: dict[str, Any]) -> str:
+def _progress_line(row: JsonObject) -> str:
     """Loss, R against R*, y, z, uniformity, tokens/s."""
     text = (
         f"loss {row['loss']:.3f} R {row['R']:.3f}>{row['R_star']:.3f} y {row['y']:.2f} "

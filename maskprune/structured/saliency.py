@@ -51,8 +51,8 @@ class Observer:
                 self.handles.append(module.register_forward_pre_hook(hook))
 
     @staticmethod
-    def _hook(kind: str, index: int, see: Callable[..., None]) -> Callable[..., Any]:
-        def watch(module: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
+    def _hook(kind: str, index: int, see: Callable[..., None]) -> Callable[..., object]:
+        def watch(module: nn.Module, args: tuple[torch.Tensor, ...]) -> object:
             x = args[0]
             if not torch.is_grad_enabled():
                 see(kind, index, module, x.detach(), None)
@@ -123,7 +123,7 @@ def taylor(
     head = torch.zeros(shape.layers, shape.heads, device=device)
     ffn = torch.zeros(shape.layers, shape.ffn, device=device)
 
-    def see(kind: str, layer: int, module: nn.Module, x: torch.Tensor, g: Any) -> None:
+    def see(kind: str, layer: int, module: nn.Module, x: torch.Tensor, g: torch.Tensor) -> None:
         salience = x.float() * g.float()
         if kind == "head":
             salience = salience.unflatten(-1, (shape.heads, shape.head_dim)).sum(-1)
@@ -184,7 +184,9 @@ def wanda_sp(
     family, shape = FAMILIES[masks.family], masks.shape
     squares: dict[tuple[str, int], torch.Tensor] = {}
 
-    def see(kind: str, layer: int, module: nn.Module, x: torch.Tensor, g: Any) -> None:
+    def see(
+        kind: str, layer: int, module: nn.Module, x: torch.Tensor, g: torch.Tensor | None
+    ) -> None:
         total = x.float().pow(2).flatten(0, -2).sum(0)
         squares[kind, layer] = squares.get((kind, layer), 0) + total
 

@@ -9,11 +9,10 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from maskprune.files import require_space, sync, write_json
+from maskprune.files import JsonObject, require_space, sync, write_json
 from maskprune.training.distributed import on_first, rank
 
 logger = logging.getLogger(__name__)
@@ -21,7 +20,7 @@ logger = logging.getLogger(__name__)
 MARKER = "complete.json"
 
 
-def save_solver(folder: Path, masks: dict[str, torch.Tensor], solver: dict[str, Any]) -> None:
+def save_solver(folder: Path, masks: dict[str, torch.Tensor], solver: JsonObject) -> None:
     """Write masks and solver state into a checkpoint folder, no pickle."""
     from safetensors.torch import save_file
 
@@ -31,7 +30,7 @@ def save_solver(folder: Path, masks: dict[str, torch.Tensor], solver: dict[str, 
     save_file(tensors, folder / "maskprune.safetensors", metadata=header)
 
 
-def load_solver(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def load_solver(folder: Path) -> tuple[dict[str, torch.Tensor], JsonObject]:
     """What `save_solver` wrote: masks by name, solver state."""
     from safetensors import safe_open
 

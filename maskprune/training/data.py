@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from maskprune.training.documents import Source, documents, name_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +33,7 @@ DOCUMENTS_PER_CALL = 256
 
 def token_blocks(
     source: Source,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     seq_len: int,
     *,
     num_tokens: int | None = None,
@@ -100,7 +104,7 @@ def _pack(tokens: np.ndarray, prefix: list[int], seq_len: int) -> np.ndarray:
         rows.append(row)
 
 
-def text_prefix(tokenizer: Any) -> list[int]:
+def text_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer itself puts before a text: its BOS, or nothing where it adds none."""
     whole = tokenizer("a")["input_ids"]
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -108,7 +112,7 @@ def text_prefix(tokenizer: Any) -> list[int]:
     return next((whole[:i] for i in starts if whole[i : i + len(plain)] == plain), [])
 
 
-def document_end(tokenizer: Any) -> int:
+def document_end(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that ended a document in pretraining.
 
     The tokenizer's EOS; or, where that is the end of a chat's turn and the vocabulary knows one of

@@ -7,7 +7,13 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING
+
+from maskprune.files import JsonObject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".txt.gz", ".jsonl.gz", ".json.gz")
 TABLES = {".parquet": "parquet", ".csv": "csv"}
@@ -16,7 +22,7 @@ SPLITS = ("train", "validation", "valid", "dev", "test")
 
 Source = str | Path | Sequence[str]
 # A row of a source, and its place for an error, to its text.
-Reader = Callable[[Any, str], str]
+Reader = Callable[[object, str], str]
 
 
 def read_text(source: Source, split: str = "test") -> str:
@@ -35,7 +41,11 @@ def read_text(source: Source, split: str = "test") -> str:
 
 
 def documents(
-    source: Source, split: str = "train", *, keep_blank: bool = False, tokenizer: Any = None
+    source: Source,
+    split: str = "train",
+    *,
+    keep_blank: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Iterator[str]:
     """The texts of a source in its own order.
 
@@ -53,7 +63,7 @@ def documents(
             nothing but blanks.
     """
 
-    def read(row: Any, where: str) -> str:
+    def read(row: object, where: str) -> str:
         return _text_of(row, where, tokenizer)
 
     found = False
@@ -67,7 +77,7 @@ def documents(
         raise ValueError(f"data {name_of(source)} is empty; expected documents with text in them")
 
 
-def _text_of(row: Any, where: str, tokenizer: Any) -> str:
+def _text_of(row: object, where: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
     if not isinstance(row, Mapping):
         got = type(row).__name__
     elif isinstance(text := row.get("text"), str):
@@ -82,8 +92,10 @@ def _text_of(row: Any, where: str, tokenizer: Any) -> str:
     )
 
 
-def _chat(messages: list[Any], where: str, tokenizer: Any) -> str:
-    if getattr(tokenizer, "chat_template", None) is None:
+def _chat(
+    messages: list[dict[str, str]], where: str, tokenizer: PreTrainedTokenizerBase | None
+) -> str:
+    if tokenizer is None or tokenizer.chat_template is None:
         raise ValueError(
             f"{where}: a chat (`messages`), but there is no tokenizer with a chat template to make "
             "a text of it; give rows with `text`, or an instruct model"
@@ -184,7 +196,7 @@ def _json_lines(path: Path, file: IO[str], read: Reader) -> Iterator[str]:
 def _table_documents(path: Path, read: Reader) -> Iterator[str]:
     import datasets
 
-    def rows() -> Iterator[dict[str, Any]]:
+    def rows() -> Iterator[JsonObject]:
         try:
             yield from datasets.load_dataset(
                 TABLES[path.suffix], data_files=str(path), split="train", streaming=True
@@ -199,7 +211,7 @@ def _table_documents(path: Path, read: Reader) -> Iterator[str]:
         yield _cell(row, f"{path}, row {number}", read)
 
 
-def _cell(row: dict[str, Any], where: str, read: Reader) -> str:
+def _cell(row: JsonObject, where: str, read: Reader) -> str:
     """The text of a table's row, where an empty cell is None."""
     return "" if row.get("text", "") is None else read(row, where)
 

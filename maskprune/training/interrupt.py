@@ -13,11 +13,10 @@ import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from maskprune.training.distributed import rank, world_size
 
@@ -100,6 +99,8 @@ def training_loop() -> Iterator[None]:
 class StopCallback(TrainerCallback):
     """Saves and stops after the step in which a signal came."""
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: object
+    ) -> None:
         if _signals.agree():
             control.should_save = control.should_training_stop = True

@@ -22,7 +22,9 @@ class _TokenKL(torch.autograd.Function):
     """Mean KL over tokens; keeps one gradient of the logits' size and no log-softmax copies."""
 
     @staticmethod
-    def forward(ctx: Any, student: torch.Tensor, teacher: torch.Tensor, reverse: bool) -> Any:
+    def forward(
+        ctx: Any, student: torch.Tensor, teacher: torch.Tensor, reverse: bool
+    ) -> torch.Tensor:
         grad, total = torch.empty_like(student), student.new_zeros((), dtype=torch.float32)
         n = student.shape[0]
         for start in range(0, n, _ROWS):
@@ -35,7 +37,7 @@ class _TokenKL(torch.autograd.Function):
         return total / n
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> Any:
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         return grad * upstream.to(grad.dtype), None, None
 

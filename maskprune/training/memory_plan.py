@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from maskprune.config import PlanConfig, PruneConfig, SparsifyConfig
 from maskprune.hf.families import attention_output, family_of, ffn_output, layers_of, text_config
@@ -42,7 +43,7 @@ def load_of(settings: PruneConfig | SparsifyConfig | PlanConfig) -> Load:
     return Load(**({"two_four": isinstance(settings, SparsifyConfig)} | known))
 
 
-def memory_parts(config: Any, load: Load, gpus: int) -> dict[str, int]:
+def memory_parts(config: PreTrainedConfig, load: Load, gpus: int) -> dict[str, int]:
     """Bytes on each of `gpus` devices, by part; what every step holds at its fullest.
 
     Args:
@@ -117,7 +118,7 @@ def memory_parts(config: Any, load: Load, gpus: int) -> dict[str, int]:
     }
 
 
-def largest_micro_batch(config: Any, load: Load, gpus: int, room: float) -> int | None:
+def largest_micro_batch(config: PreTrainedConfig, load: Load, gpus: int, room: float) -> int | None:
     """Most sequences of a device's micro-batch that fit `room` bytes; None where not one does."""
 
     def fits(n: int) -> bool:
@@ -128,13 +129,13 @@ def largest_micro_batch(config: Any, load: Load, gpus: int, room: float) -> int 
     return next((n for n in range(per_device, 0, -1) if per_device % n == 0 and fits(n)), None)
 
 
-def does_not_fit(config: Any, load: Load, gpus: int, memory: float) -> bool:
+def does_not_fit(config: PreTrainedConfig, load: Load, gpus: int, memory: float) -> bool:
     """Whether a run takes more than what of `memory` bytes is counted on, on each device."""
     return sum(memory_parts(config, load, gpus).values()) > USABLE * memory
 
 
 def render_memory(
-    config: Any, load: Load, gpus: int, gpu_memory: float, shard: str = "auto"
+    config: PreTrainedConfig, load: Load, gpus: int, gpu_memory: float, shard: str = "auto"
 ) -> str:
     """The parts as text, whether they fit, and what would.
 
@@ -177,7 +178,9 @@ def render_memory(
     return "\n".join(lines)
 
 
-def _least_devices(config: Any, load: Load, ways: list[bool], room: float) -> str | None:
+def _least_devices(
+    config: PreTrainedConfig, load: Load, ways: list[bool], room: float
+) -> str | None:
     """The smallest number of devices on which a run fits, and how; None where there is none."""
     for n in (n for n in range(1, load.batch_size + 1) if load.batch_size % n == 0):
         for sharded in ways if n > 1 else [False]:

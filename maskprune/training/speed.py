@@ -52,7 +52,7 @@ def throughput(
 def _one_round(model: Any, prompt_len: int, new_tokens: int) -> tuple[float, float]:
     """(seconds of the prefill, seconds of all decode steps)."""
     device = next(model.parameters()).device
-    wait: Callable[[], Any] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     vocab = model.get_input_embeddings().num_embeddings
     prompt = torch.randint(vocab, (1, prompt_len), generator=torch.Generator().manual_seed(0))
     prompt = prompt.to(device)

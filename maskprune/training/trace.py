@@ -9,8 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from torch.optim import Optimizer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from maskprune.config import RunConfig
+from maskprune.files import JsonObject
 from maskprune.training.distributed import on_first, rank
 from maskprune.training.progress import Progress
 
@@ -26,20 +29,22 @@ class TraceCallback(TrainerCallback):
     """
 
     def __init__(
-        self, path: Path, config: Any, quiet: bool, line: Callable[[dict[str, Any]], str]
+        self, path: Path, config: RunConfig, quiet: bool, line: Callable[[JsonObject], str]
     ) -> None:
         self.path, self.config, self.quiet, self.line = path, config, quiet, line
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[JsonObject] = []
         self.trainer: Any = None
         self.progress: Progress | None = None
         self.mark = (0, 0.0)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: object
+    ) -> None:
         self.rows = on_first(lambda: self._begin(state.global_step))
         self.progress = Progress(args.max_steps, state.global_step, self.quiet)
         self.mark = (state.global_step, time.monotonic())
 
-    def _begin(self, done: int) -> list[dict[str, Any]]:
+    def _begin(self, done: int) -> list[JsonObject]:
         """The rows up to step `done` of a resumed run; the file holds them alone."""
         rows = []
         if self.path.is_file():
@@ -48,8 +53,15 @@ class TraceCallback(TrainerCallback):
         self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return rows
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
-        assert self.progress is not None
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Optimizer | None = None,
+        **kw: object,
+    ) -> None:
+        assert self.progress is not None and optimizer is not None
         self.progress.advance()
         done = state.global_step
         due = done == 1 or done % self.config.logging_steps == 0 or done == args.max_steps
@@ -58,7 +70,7 @@ class TraceCallback(TrainerCallback):
             self.trainer.require_finite()
         if not due:
             return
-        row = self.row(done, kw["optimizer"])
+        row = self.row(done, optimizer)
         self.rows.append(row)
         if rank() == 0:
             with self.path.open("a") as file:
@@ -75,7 +87,7 @@ class TraceCallback(TrainerCallback):
         if self.progress is not None:
             self.progress.skip(seconds)
 
-    def row(self, done: int, optimizer: Any) -> dict[str, Any]:
+    def row(self, done: int, optimizer: Optimizer) -> JsonObject:
         """The state of the run after `done` steps."""
         steps, since = done - self.mark[0], time.monotonic() - self.mark[1]
         self.mark = (done, time.monotonic())
@@ -88,6 +100,8 @@ class TraceCallback(TrainerCallback):
             | {"tokens_per_s": tokens / max(since, 1e-9)}
         )
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: object
+    ) -> None:
         if self.progress:
             self.progress.close()

@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import TrainOutput
 
+from maskprune.config import RunConfig
 from maskprune.hf.families import text_config
 from maskprune.hf.shape import require_positions
 from maskprune.training.checkpoints import mark_complete, remove_old
 from maskprune.training.data import token_blocks
 from maskprune.training.distributed import barrier, mean, on_first, start, world_size
+from maskprune.training.documents import Source
 from maskprune.training.interrupt import StopCallback, training_loop
 from maskprune.training.sharding import (
     has_states,
@@ -59,7 +63,7 @@ class BlockTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         self.add_callback(StopCallback())
 
-    def train(self, *args: Any, **kw: Any) -> Any:
+    def train(self, *args: Any, **kw: Any) -> TrainOutput:
         """`Trainer.train`; a signal ends it after a checkpoint.
 
         Raises:
@@ -68,11 +72,11 @@ class BlockTrainer(Trainer):
         with training_loop():
             return super().train(*args, **kw)
 
-    def _get_train_sampler(self, *_: Any) -> Any:
+    def _get_train_sampler(self, *_: object) -> SequentialSampler:
         blocks: Any = self.train_dataset
         return SequentialSampler(blocks)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         self.require_finite()
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         if self.sharded:
@@ -98,7 +102,7 @@ class BlockTrainer(Trainer):
             self.state.save_to_json(str(folder / "trainer_state.json"))
             remove_old(folder.parent, self.args.save_total_limit)
 
-    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not (self.sharded or has_states(Path(checkpoint))):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
@@ -128,33 +132,41 @@ class BlockTrainer(Trainer):
             )
 
 
-def as_blocks(data: Any, tokenizer: Any, config: Any, model: Any) -> torch.Tensor:
+def as_blocks(
+    data: Source | torch.Tensor | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: RunConfig,
+    model: PreTrainedModel,
+) -> torch.Tensor:
     """(n, seq_len) int64 token blocks: `data` itself, or made of a text source by the settings.
 
     Raises:
         ValueError: the model has no such positions or tokens; or see `token_blocks`.
     """
     require_positions(model.config, config.seq_len)
-    blocks: torch.Tensor = (
-        data
-        if isinstance(data, torch.Tensor)
-        else on_first(
+    if isinstance(data, torch.Tensor):
+        blocks = data
+    elif data is None or tokenizer is None:
+        raise ValueError(
+            "there is no text, or no tokenizer for it; give both, or (n, seq_len) token blocks"
+        )
+    else:
+        blocks = on_first(
             lambda: token_blocks(
                 data, tokenizer, config.seq_len, num_tokens=config.max_tokens, seed=config.seed
             )
         )
-    )
     require_known_tokens(model, blocks)
     return blocks
 
 
-def require_known_tokens(model: Any, ids: torch.Tensor) -> None:
+def require_known_tokens(model: PreTrainedModel, ids: torch.Tensor) -> None:
     """Refuse token ids that the model has no embedding of.
 
     Raises:
         ValueError: the tokenizer is another model's.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = model.get_input_embeddings().get_parameter("weight").shape[0]
     if ids.numel() and int(ids.max()) >= rows:
         raise ValueError(
             f"the text has token {int(ids.max())} and the model embeds {rows} tokens; the "
@@ -162,7 +174,7 @@ def require_known_tokens(model: Any, ids: torch.Tensor) -> None:
         )
 
 
-def require_trainable_dtype(model: Any) -> None:
+def require_trainable_dtype(model: PreTrainedModel) -> None:
     """Refuse float16, below whose smallest number most gradients of activations lie.
 
     Raises:
@@ -177,7 +189,7 @@ def require_trainable_dtype(model: Any) -> None:
         )
 
 
-def total_steps(config: Any, n_blocks: int, epochs: float = 7.0) -> int:
+def total_steps(config: RunConfig, n_blocks: int, epochs: float = 7.0) -> int:
     """Optimizer steps of a run on `n_blocks` blocks: the settings' `steps`, `epochs`, or these."""
     if config.steps is not None:
         return int(config.steps)
@@ -191,13 +203,13 @@ def total_steps(config: Any, n_blocks: int, epochs: float = 7.0) -> int:
     return steps
 
 
-def checkpoint_activations(model: Any) -> None:
+def checkpoint_activations(model: PreTrainedModel) -> None:
     # transformers renamed it within version 5.
     new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"
     getattr(model, new if hasattr(model, new) else old)({"use_reentrant": False})
 
 
-def use_autocast(config: Any, model: Any, device: torch.device) -> bool:
+def use_autocast(config: RunConfig, model: PreTrainedModel, device: torch.device) -> bool:
     """Whether to compute in bfloat16: as asked, else where it is faster on this machine."""
     if config.autocast != "auto":
         return config.autocast == "bfloat16"
@@ -209,7 +221,7 @@ def use_autocast(config: Any, model: Any, device: torch.device) -> bool:
     )
 
 
-def join_run(config: Any, model: Any) -> None:
+def join_run(config: RunConfig, model: nn.Module) -> None:
     """Join the process group of a run that torchrun started; nothing for a single process.
 
     Raises:
@@ -226,7 +238,7 @@ def join_run(config: Any, model: Any) -> None:
 
 
 def training_arguments(
-    config: Any,
+    config: RunConfig,
     run: Path,
     steps: int,
     device: torch.device,

@@ -22,7 +22,7 @@ from maskprune.two_four.matrices import (
     prune_columns,
     wanda_scores,
 )
-from maskprune.two_four.patterns import hard_mask, oriented, prunable
+from maskprune.two_four.patterns import Linear, hard_mask, oriented, prunable
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
 
@@ -111,7 +111,7 @@ def _require(method: str, blocks: torch.Tensor | None, update: bool) -> None:
 
 
 def _prune(
-    method: str, linears: dict[str, nn.Module], total: torch.Tensor, n: int, update: bool
+    method: str, linears: dict[str, Linear], total: torch.Tensor, n: int, update: bool
 ) -> dict[str, torch.Tensor]:
     """Prune linears that read the same inputs, in place; their masks."""
     masks = {}
@@ -131,7 +131,7 @@ def _prune(
 
 
 def _statistics(
-    linears: dict[str, nn.Module], run: Callable[[bool], None], blocks: torch.Tensor, gram: bool
+    linears: dict[str, Linear], run: Callable[[bool], None], blocks: torch.Tensor, gram: bool
 ) -> list[Group]:
     """Sums over all tokens, on every rank, of what each linear reads; one for those that read one
     tensor."""
@@ -251,7 +251,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _restored(linears: dict[str, nn.Module], keep: bool) -> Iterator[None]:
+def _restored(linears: dict[str, Linear], keep: bool) -> Iterator[None]:
     """Put the weights back as they were; with `keep` only if the context ends with an error."""
     before = {name: oriented(module).clone() for name, module in linears.items()}
     done = False

@@ -13,9 +13,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from maskprune.files import own_file, replace_file
 from maskprune.hf.families import family_of, layers_of, linear_names, stock_model
+
+Linear = nn.Linear | Conv1D
 
 FORMAT = "maskprune-two-four-masks"
 FORMAT_VERSION = "1"
@@ -30,7 +33,7 @@ _NO_CANDIDATE = 255
 _CODES = 6**3
 
 
-def prunable(model: nn.Module) -> dict[str, nn.Module]:
+def prunable(model: nn.Module) -> dict[str, Linear]:
     """The linears inside the transformer blocks, in the order in which a forward runs them.
 
     Embeddings, norms and the output layer are left alone. Inside a PEFT wrapper these are the base
@@ -49,8 +52,8 @@ def prunable(model: nn.Module) -> dict[str, nn.Module]:
     for index, layer in enumerate(layers_of(base)):
         for path in linear_names(layer, family):
             name = f"{family.layers}.{index}.{path}"
-            module: Any = layer.get_submodule(path)
-            module = getattr(module, "base_layer", module)
+            named: Any = layer.get_submodule(path)
+            module: Linear = getattr(named, "base_layer", named)
             if not module.weight.is_floating_point():
                 raise ValueError(
                     f"{name} has a weight of {module.weight.dtype}; expected floating point; load "
@@ -66,10 +69,9 @@ def prunable(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def oriented(module: nn.Module) -> torch.Tensor:
+def oriented(module: Linear) -> torch.Tensor:
     """The weight of a linear or of GPT-2's `Conv1D` as a (out, in) view."""
-    weight: Any = module.weight
-    return weight if isinstance(module, nn.Linear) else weight.T
+    return module.weight if isinstance(module, nn.Linear) else module.weight.T
 
 
 def hard_mask(scores: torch.Tensor) -> torch.Tensor:

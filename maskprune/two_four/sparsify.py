@@ -13,9 +13,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import set_seed
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from maskprune.config import SparsifyConfig
+from maskprune.files import JsonObject
 from maskprune.hf.equality import (
     Difference,
     difference_of,
@@ -31,6 +34,7 @@ from maskprune.training.checkpoints import (
 )
 from maskprune.training.data import block_order
 from maskprune.training.distributed import as_forward, on_first, rank, world_size
+from maskprune.training.documents import Source
 from maskprune.training.losses import hidden_cross_entropy, hidden_kl
 from maskprune.training.optimizer import adamw, require_optimizer
 from maskprune.training.progress import note, reporting
@@ -77,10 +81,10 @@ class SparsifyResult:
     the masks are rank 0's, and the difference is None.
     """
 
-    model: Any
+    model: PreTrainedModel
     masks: dict[str, torch.Tensor]
     difference: Difference | None
-    trace: list[dict[str, Any]]
+    trace: list[JsonObject]
     steps: int
 
 
@@ -94,9 +98,10 @@ class SparsifyTrainer(BlockTrainer):
         chosen = config.regulariser_weight
         self.reward = REGULARISER_WEIGHTS[config.regulariser] if chosen is None else chosen
         self.drawn = (-1, 0)
-        self.head = head_of(self.model)
+        core: Any = self.model
+        self.head = head_of(core)
 
-    def create_optimizer(self, model: Any = None) -> Any:
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         if self.optimizer is None:
             rate = self.config.learning_rate or min(MAX_RATE, 1.0 / self.args.max_steps)
             self.optimizer = adamw(
@@ -110,7 +115,9 @@ class SparsifyTrainer(BlockTrainer):
             )
         return self.optimizer
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: Optimizer | None = None
+    ) -> LRScheduler:
         if self.lr_scheduler is None:
 
             def cosine(step: int) -> float:
@@ -121,8 +128,12 @@ class SparsifyTrainer(BlockTrainer):
         return self.lr_scheduler
 
     def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: object = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, JsonObject]:
         config, t = self.config, self.state.global_step
         done = t / self.args.max_steps
         self.masks.schedule(
@@ -157,7 +168,7 @@ class SparsifyTrainer(BlockTrainer):
         hidden = last_hidden_states(model, ids)[:, :-1]
         return hidden_cross_entropy(self.head, hidden.flatten(0, 1), ids[:, 1:].flatten())
 
-    def trace_row(self, optimizer: Any) -> dict[str, Any]:
+    def trace_row(self, optimizer: Optimizer) -> JsonObject:
         return self.masks.statistics() | {
             "kappa": float(self.masks.kappa),
             "tau": float(self.masks.tau),
@@ -174,7 +185,9 @@ class SparsifyTrainer(BlockTrainer):
             {n: p.detach().cpu().contiguous() for n, p in logits.items()}, folder / LOGITS_FILE
         )
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
         folder = Path(resume_from_checkpoint)
         if has_states(folder):
             load_trained(folder, self.core)
@@ -200,8 +213,8 @@ class SparsifyTrainer(BlockTrainer):
 
 def sparsify(
     model: nn.Module,
-    tokenizer: Any,
-    data: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    data: Source | torch.Tensor | None,
     config: SparsifyConfig,
     *,
     run_dir: str | Path | None = None,
@@ -359,7 +372,7 @@ def choose_masks(
         return one_shot_masks(model, method, blocks, update=update, progress=progress)
 
 
-def _progress_line(row: dict[str, Any]) -> str:
+def _progress_line(row: JsonObject) -> str:
     """The fitted loss, the kept norm, how sure and how restless the masks are, tokens/s."""
     return (
         f"loss {row['loss']:.3f} kept {row['kept_norm']:.3f} max p {row['max_prob']:.3f} "
