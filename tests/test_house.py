@@ -140,6 +140,13 @@ def test_kernels_is_no_top_level_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
+def test_no_two_test_files_have_one_name():
+    """The test folders are no packages, so pytest takes two of one name for one module."""
+    names = [p.name for p in (ROOT / "tests").rglob("*.py") if p.name != "conftest.py"]
+    names += [p.name for p in (ROOT / "benchmarks").rglob("test_*.py")]
+    assert len(names) == len(set(names)), sorted(n for n in set(names) if names.count(n) > 1)
+
+
 @pytest.mark.slow
 def test_a_wheel_builds_without_a_compiler_unless_the_extension_is_required(tmp_path):
     pytest.importorskip("pybind11")

@@ -24,11 +24,11 @@ from typing import Any
 from benchmarks.harness import environment, fix_threads, show, write_rows
 from benchmarks.harness.memory import restart_peak, status_kib
 
-# Phase: module and name of the function that is it.
+# Phase: module and names of the functions that are it.
 PHASES = {
     "load": ("maskprune.hf.load", "load_model"),
     "tokenise": ("maskprune.training.data", "token_blocks"),
-    "ranking": ("maskprune.structured.saliency", "warm_start"),
+    "ranking": ("maskprune.structured.saliency", "one_shot", "warm_start"),
     "compensation": ("maskprune.structured.compensation", "compensate"),
     "export": ("maskprune.structured.export", "export"),
     "write": ("maskprune.hf.checkpoint_files", "save_stock"),
@@ -95,8 +95,12 @@ def counted_phases() -> Iterator[Phases]:
 
         for module in ("commands.prune", "commands.demo", "structured.prune"):
             importlib.import_module(f"maskprune.{module}")
-        for phase, (module, name) in PHASES.items():
-            function = getattr(importlib.import_module(module), name)
+        functions = [
+            (phase, getattr(importlib.import_module(module), name))
+            for phase, (module, *names) in PHASES.items()
+            for name in names
+        ]
+        for phase, function in functions:
             counted = phases.wrap(phase, function)
             for owner in [m for n, m in sys.modules.items() if n.startswith("maskprune")]:
                 for attribute, value in list(vars(owner).items()):
