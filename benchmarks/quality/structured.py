@@ -8,6 +8,8 @@ with the same loss and rates. `wanda-sp` prunes equal fractions of heads and FFN
 compensation as well, and `taylor-` and `random-split-compensated` are the same for the ranking
 that MaskPrune starts from and for none. `maskprune-shuffled` is MaskPrune whose mask gradients are
 permuted within each row: what it finds owes nothing to which gradient belongs to which unit.
+`maskprune-cold` starts with all masks at 1, and `paper` is README's recipe of the paper's own run,
+without compensation and with adapters on queries and values alone.
 `--model small-llama` takes the model of `benchmarks.quality.small_llama`. Held-out perplexity is
 on text that no arm read.
 """
@@ -45,9 +47,14 @@ ARMS = {
     "taylor-split-compensated": ("taylor", True, True),
     "random-split-compensated": ("random", True, True),
     "maskprune-shuffled": ("maskprune", True, True),
+    "maskprune-cold": ("maskprune", True, True),
     "maskprune-plain": ("maskprune", False, False),
+    "paper": ("maskprune", True, False),
 }
-
+# Settings of their own, over those of the command line.
+COLD: dict[str, Any] = {"warm_start": "none", "mask_lr": 1e-2, "reach": None}
+PAPER = COLD | {"lora_targets": "q_proj,v_proj", "alpha": 0.04, "interval": 10}
+OWN = {"maskprune-cold": COLD, "paper": PAPER}
 
 # What a run finds, in which it may differ from an older one that it replaces.
 FOUND = (
@@ -97,7 +104,7 @@ def settings(args: Any, arm: str, seed: int, shape: Shape | None, dense: Shape) 
         "save_steps": 10_000,
         "logging_steps": 20,
     }
-    return PruneConfig(**split, **(chosen | dict(args.set)))
+    return PruneConfig(**split, **(chosen | dict(args.set) | OWN.get(arm, {})))
 
 
 def one_run(args: Any, arm: str, seed: int, shape: Shape | None) -> tuple[dict[str, Any], Shape]:
@@ -143,7 +150,7 @@ def one_run(args: Any, arm: str, seed: int, shape: Shape | None) -> tuple[dict[s
     }
     signals = [r["signal_ffn"] for r in result.trace if "signal_ffn" in r and not r["locked"]]
     row |= moved | ({"signal_ffn": sum(signals) / len(signals)} if signals else {})
-    row |= {f"set_{name}": value for name, value in args.set}
+    row |= {f"set_{n}": v for n, v in (dict(args.set) | OWN.get(arm, {})).items()}
     row |= perplexities(args, result.model, tokenizer, held_out)
     return row, result.shape
 
