@@ -9,6 +9,17 @@ import os
 from dataclasses import dataclass, field, fields
 from typing import TypeVar
 
+from maskprune.choices import (
+    KL_DIRECTIONS,
+    LEAST_STEPS,
+    MODES,
+    ONE_SHOT,
+    TWO_FOUR_ONE_SHOT,
+    WARM_STARTS,
+    require_choice,
+    require_reach,
+)
+
 T = TypeVar("T")
 
 
@@ -18,10 +29,7 @@ def _setting(default: T, text: str) -> T:
 
 def _require_choices(config: object, **choices: tuple[str, ...]) -> None:
     for name, allowed in choices.items():
-        if getattr(config, name) not in allowed:
-            raise ValueError(
-                f"{name} is {getattr(config, name)!r}; expected one of {', '.join(allowed)}"
-            )
+        require_choice(name, getattr(config, name), allowed)
 
 
 def _require_least(config: object, **least: int) -> None:
@@ -67,7 +75,7 @@ class BudgetConfig:
         "mistral", "mistral: the class that most engines run; divisor, error: the original's."
     )
     targets: str | None = _setting(
-        None, "Any of vllm,llama.cpp,openvino,ct2,ort,mlx,sglang,awq128,fp8,tp=4."
+        None, "Of vllm,llama.cpp,openvino,ct2,ort,mlx,sglang,awq128,fp8,tp=4."
     )
 
 
@@ -107,7 +115,7 @@ class RunConfig:
         )
         _require_least(
             self,
-            steps=20,
+            steps=LEAST_STEPS,
             batch_size=1,
             gradient_accumulation=1,
             seq_len=8,
@@ -187,10 +195,10 @@ class PruneConfig(RunConfig, BudgetConfig):
         super().__post_init__()
         _require_choices(
             self,
-            method=("auto", "maskprune", "wanda-sp", "taylor", "random"),
-            mode=("minimax", "scheduled"),
-            warm_start=("none", "wanda-sp", "taylor"),
-            kl_direction=("teacher_student", "student_teacher"),
+            method=("auto", "maskprune", *ONE_SHOT),
+            mode=MODES,
+            warm_start=WARM_STARTS,
+            kl_direction=KL_DIRECTIONS,
         )
         _require_least(
             self,
@@ -204,8 +212,8 @@ class PruneConfig(RunConfig, BudgetConfig):
             warmup=0,
         )
         _require_positive(self, "learning_rate", "mask_lr", "eta1", "max_grad_norm")
-        if self.reach is not None and not 0 < self.reach <= 0.9:
-            raise ValueError(f"reach is {self.reach}; expected a share of the run in (0, 0.9]")
+        if self.reach is not None:
+            require_reach(self.reach)
         if self.warmup > 1:
             raise ValueError(f"warmup is {self.warmup}; expected a share of the run up to 1")
 
@@ -256,11 +264,11 @@ class SparsifyConfig(RunConfig):
         super().__post_init__()
         _require_choices(
             self,
-            method=("maskllm", "sparsegpt", "wanda", "magnitude"),
+            method=("maskllm", *TWO_FOUR_ONE_SHOT),
             loss=("lm", "kl"),
             regulariser=("relative", "sum"),
         )
-        if self.prior not in ("sparsegpt", "wanda", "magnitude", "none") and not (
+        if self.prior not in (*TWO_FOUR_ONE_SHOT, "none") and not (
             self.prior.endswith(".safetensors") or os.path.isdir(self.prior)
         ):
             raise ValueError(
@@ -418,7 +426,7 @@ class CheckConfig:
         None, "Masks to apply to --against: a file or a run's folder; the checkpoint's own, if any."
     )
     targets: str | None = _setting(
-        None, "Any of vllm,llama.cpp,openvino,ct2,ort,mlx,sglang,awq128,fp8,tp=4."
+        None, "Of vllm,llama.cpp,openvino,ct2,ort,mlx,sglang,awq128,fp8,tp=4."
     )
 
 

@@ -14,6 +14,7 @@ from maskprune.files import OWN_FOLDER, JsonObject, own_file
 from maskprune.hf.checkpoint_files import stock_config
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -197,7 +198,7 @@ def _check_equal(
     from maskprune.two_four.patterns import apply_masks, is_masks_file
     from maskprune.two_four.patterns import load_masks as load_two_four
 
-    origin: Any
+    origin: nn.Module
     origin, _ = load_model(against, dtype=str(model.dtype).removeprefix("torch."))
     if (adapter := own_file(folder, "adapter")).is_dir():
         from peft import PeftModel

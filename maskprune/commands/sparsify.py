@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from maskprune.choices import TWO_FOUR_ONE_SHOT
 from maskprune.commands.record import RunRecord, proof_tokens, save_proven
 from maskprune.commands.run_folder import (
     claim_output,
@@ -26,7 +27,6 @@ from maskprune.hf.shape import require_positions, shape_of
 from maskprune.training.data import token_blocks
 from maskprune.training.distributed import on_first, rank, start
 from maskprune.training.sharding import shards
-from maskprune.two_four.one_shot import METHODS
 from maskprune.two_four.patterns import MASKS_FILE, apply_masks, load_masks, save_masks
 
 
@@ -51,7 +51,7 @@ def run_sparsify(files: SparsifyFiles, settings: SparsifyConfig) -> RunRecord | 
     with claim_output(files, files.masks, prior) as out:
         if files.masks is not None:
             return _apply(files, out, files.masks, settings)
-        if settings.method == "maskllm" and prior not in (*METHODS, "none"):
+        if settings.method == "maskllm" and prior not in (*TWO_FOUR_ONE_SHOT, "none"):
             load_masks(prior)
         return _run(files, settings, out)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from maskprune.hf.families import stock_model
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+    from peft.tuners.lora import Linear
 
 
 # Options of PEFT that change the merge; what they say when they are not in use.
@@ -46,7 +47,7 @@ def unmergeable(config: JsonObject) -> str | None:
     return f"is not plain LoRA ({what}); {_DO}"
 
 
-def adapted_layers(base: nn.Module) -> dict[str, Any]:
+def adapted_layers(base: nn.Module) -> dict[str, Linear]:
     """PEFT's layers in a stock model that add to a weight, by the name of the layer."""
     return {
         name: module
@@ -96,7 +97,7 @@ def _configs(base: nn.Module) -> dict[str, PeftConfig]:
     return getattr(base, "peft_config", None) or {}
 
 
-def merged_weight(layer: Any, weight: torch.Tensor) -> torch.Tensor:
+def merged_weight(layer: Linear, weight: torch.Tensor) -> torch.Tensor:
     """The weight under the adapters that a forward applies; in float32, or float64 as it is."""
     merged = weight.to(torch.promote_types(weight.dtype, torch.float32))
     # PEFT's forward adds nothing to a layer that has merged some of its adapters.

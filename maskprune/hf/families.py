@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
@@ -331,14 +331,13 @@ def get_submodule(module: nn.Module, path: str) -> nn.Module:
 
 def stock_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model itself, inside wrappers of PEFT and torch.compile or not."""
-    inner: Any = model
     while True:
-        if hasattr(inner, "_orig_mod"):
-            inner = inner._orig_mod
-        elif hasattr(inner, "get_base_model"):
-            inner = inner.get_base_model()
+        if compiled := getattr(model, "_orig_mod", None):
+            model = compiled
+        elif unwrap := getattr(model, "get_base_model", None):
+            model = unwrap()
         else:
-            return inner
+            return cast("PreTrainedModel", model)
 
 
 def require_causal_lm(model: nn.Module) -> PreTrainedModel:

@@ -31,6 +31,16 @@ class Head:
         return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
 
     @property
+    def weight(self) -> torch.Tensor:
+        """(V, d)."""
+        return self.module.get_parameter("weight")
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """(V,), or None."""
+        return getattr(self.module, "bias", None)
+
+    @property
     def obstacle(self) -> str | None:
         """Why the head is more than its frozen weight and bias; None where it is not."""
         module = self.module

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING
 
+from maskprune.choices import ARCH_FALLBACKS, require_choice
 from maskprune.files import JsonObject
 from maskprune.hf.families import FAMILIES, family_of, text_config
 from maskprune.hf.shape import Shape
@@ -12,8 +13,6 @@ from maskprune.hf.shape import Shape
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-
-ARCH_FALLBACKS = ("mistral", "divisor", "error")
 
 # Classes that compute the same function once heads are gone, and their settings; the first that
 # takes the shape is chosen. Which engines read a head size other than hidden / heads in which
@@ -111,10 +110,7 @@ def target_config(
     Raises:
         ValueError: no allowed stock class takes the shape.
     """
-    if arch_fallback not in ARCH_FALLBACKS:
-        raise ValueError(
-            f"arch_fallback is {arch_fallback!r}; expected one of {', '.join(ARCH_FALLBACKS)}"
-        )
+    require_choice("arch_fallback", arch_fallback, ARCH_FALLBACKS)
     family, text = family_of(config), text_config(config)
     chosen = pruned_class(config, shape.heads, arch_fallback)
     if chosen is None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import reduce
 from operator import add
-from typing import Any
 
 import torch
 
@@ -148,7 +148,9 @@ def noise(seed: torch.Tensor, groups: int, first: int = 0) -> torch.Tensor:
     return torch.stack([*high, _leftover(a, b), _leftover(c, d)])
 
 
-def philox(words: Any, key: Any, rounds: int = 10) -> Any:
+def philox(
+    words: Sequence[torch.Tensor], key: Sequence[torch.Tensor], rounds: int = 10
+) -> tuple[torch.Tensor, ...]:
     """Philox 4x32 of four counter and two key words, each a 32-bit number held in int64.
 
     Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011, section 3.3.

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from maskprune.choices import KL_DIRECTIONS, require_choice
 from maskprune.ops.register import Context, Inputs, register
 
-KL_DIRECTIONS = ("teacher_student", "student_teacher")
 # Of one chunk's logits in the dtype they are computed in; three or four of that size are alive.
 CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}
 
@@ -126,10 +126,7 @@ def _check(
 
 def check_direction(direction: str) -> None:
     """Raise ValueError for a direction that is not one of `KL_DIRECTIONS`."""
-    if direction not in KL_DIRECTIONS:
-        raise ValueError(
-            f"kl_direction is {direction!r}; expected one of {', '.join(KL_DIRECTIONS)}"
-        )
+    require_choice("kl_direction", direction, KL_DIRECTIONS)
 
 
 def reference(

@@ -34,7 +34,7 @@ def masked_swiglu(
     atomics: the same inputs on the same device give the same bits, whatever the thread count.
 
     Args:
-        gate, up: (..., F) float32, bfloat16 or float16; float64 by the reference. Any strides.
+        gate, up: (..., F) float32, bfloat16 or float16; float64 by the reference. All strides.
         mask: (F,) float32, on the same device; float64 with float64 inputs.
         activation: "silu", or "gelu_tanh" (Gemma).
         backend: "auto", "reference", "cpp" or "triton"; `auto` leaves float64 to the reference.

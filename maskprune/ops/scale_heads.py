@@ -22,7 +22,7 @@ def scale_heads(x: torch.Tensor, mask: torch.Tensor, *, backend: str = "auto") -
     thread count.
 
     Args:
-        x: (..., H * d_h) float32, bfloat16 or float16; float64 by the reference. Any strides.
+        x: (..., H * d_h) float32, bfloat16 or float16; float64 by the reference. All strides.
         mask: (H,) float32, on the same device; float64 with float64 inputs.
         backend: "auto", "reference", "cpp" or "triton"; `auto` leaves float64 to the reference.
 

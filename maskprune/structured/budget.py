@@ -7,17 +7,18 @@ kind's share of the attention and FFN weights, D its units per row.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
 
+from maskprune.choices import ARCH_FALLBACKS, HEAD_UNITS, require_choice
 from maskprune.config import BudgetConfig
 from maskprune.hf.engines import engine_name
 from maskprune.hf.families import family_of, text_config
-from maskprune.hf.pruned_config import ARCH_FALLBACKS, takes_heads, why_heads_stay
+from maskprune.hf.pruned_config import takes_heads, why_heads_stay
 from maskprune.hf.shape import Shape, shape_of
-from maskprune.structured.cuts import HEAD_UNITS, mask_rows
+from maskprune.structured.cuts import mask_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -92,19 +93,14 @@ class Budget:
         arch_fallback: str = "mistral",
         targets: str | None = None,
     ) -> None:
-        given: Any = model
-        config: PreTrainedConfig = getattr(given, "config", given)
+        config = cast("PreTrainedConfig", getattr(model, "config", None) or model)
         self.config = config
         self.family = family_of(config)
         self.shape = shape_of(config)
         self.head_unit = head_unit
         self.arch_fallback = arch_fallback
-        if head_unit not in HEAD_UNITS:
-            raise ValueError(f"head_unit is {head_unit!r}; expected one of {', '.join(HEAD_UNITS)}")
-        if arch_fallback not in ARCH_FALLBACKS:
-            raise ValueError(
-                f"arch_fallback is {arch_fallback!r}; expected one of {', '.join(ARCH_FALLBACKS)}"
-            )
+        require_choice("head_unit", head_unit, HEAD_UNITS)
+        require_choice("arch_fallback", arch_fallback, ARCH_FALLBACKS)
         step = default_multiple(self.shape.ffn, targets)
         self.multiple_of = step if multiple_of is None else multiple_of
         if not 1 <= self.multiple_of <= self.shape.ffn:

@@ -20,6 +20,7 @@ from maskprune.structured.cuts import query_head_mask
 from maskprune.structured.distill import teacher_mode
 from maskprune.structured.masks import Masks
 from maskprune.structured.saliency import Observer, batches
+from maskprune.training.activations import add_gram, damped_factors
 from maskprune.training.distributed import sum_shares, world_size
 from maskprune.training.progress import Report
 from maskprune.training.sharding import set_whole, whole
@@ -64,7 +65,8 @@ def low_rank_compensation(
     mean = H_K.diagonal().mean() if len(K) else H.new_zeros(())
     if not mean:
         return W.new_zeros(0, W.shape[1]), W.new_zeros(W.shape[0], 0)
-    D = torch.cholesky_solve(m[K, None] * (H[K] @ (W * (1 - m)).T), _cholesky(H_K, ridge * mean)).T
+    factor = next(L for L in damped_factors(H_K, ridge * mean) if L is not None)
+    D = torch.cholesky_solve(m[K, None] * (H[K] @ (W * (1 - m)).T), factor).T
     # The best rank-r part of D sqrt(H_K) is its projection on the leading left singular vectors.
     energy, U = torch.linalg.eigh(D @ H_K @ D.T)
     found = energy > torch.finfo(H.dtype).eps * len(energy) * energy.max()
@@ -76,21 +78,6 @@ def low_rank_compensation(
     A = W.new_zeros(U.shape[1], W.shape[1])
     A[:, K] = part / norm[:, None]
     return A, U * norm
-
-
-def _cholesky(H: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
-    """Of H + ridge, with ten times the ridge as often as rounding in H needs it.
-
-    H was summed in float32: a few channels of huge activations can leave it with eigenvalues
-    below zero by more than a ridge in units of the mean makes good.
-    """
-    while True:
-        damped = H.clone()
-        damped.diagonal().add_(ridge)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            return factor
-        ridge = 10 * ridge + torch.finfo(H.dtype).eps * H.diagonal().mean()
 
 
 @torch.no_grad()
@@ -120,7 +107,7 @@ def compensate(
     """
     family, shape = FAMILIES[masks.family], masks.shape
     channels: dict[Place, torch.Tensor] = {}
-    modules: dict[Place, Any] = {}
+    modules: dict[Place, nn.Module] = {}
     heads = query_head_mask(kept[0], shape, masks.head_unit) if kept[0].numel() else None
     for layer, block in enumerate(layers_of(model)):
         if heads is not None:
@@ -177,14 +164,8 @@ def _grams(
     def see(
         kind: str, layer: int, module: nn.Module, x: torch.Tensor, g: torch.Tensor | None
     ) -> None:
-        if (kind, layer) not in wanted:
-            return
-        with torch.autocast(x.device.type, enabled=False):
-            flat = x.flatten(0, -2).float()
-            if (kind, layer) in grams:
-                grams[kind, layer].addmm_(flat.T, flat)
-            else:
-                grams[kind, layer] = flat.T @ flat
+        if (kind, layer) in wanted:
+            grams[kind, layer] = add_gram(grams.get((kind, layer)), x)
 
     wanted = set(places)
     with teacher_mode(model, masks), Observer(model, FAMILIES[masks.family], see):

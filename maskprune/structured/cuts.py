@@ -10,10 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+from maskprune.choices import HEAD_UNITS, require_choice
 from maskprune.hf.families import Family
 from maskprune.hf.shape import Shape
-
-HEAD_UNITS = ("kv_group", "query_head")
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,7 @@ class Cut:
 
 def mask_rows(shape: Shape, head_unit: str) -> tuple[int, int]:
     """Rows and units of the head mask: (L, G) for `kv_group`, (L * G, q) for `query_head`."""
-    if head_unit not in HEAD_UNITS:
-        raise ValueError(f"head_unit is {head_unit!r}; expected one of {', '.join(HEAD_UNITS)}")
+    require_choice("head_unit", head_unit, HEAD_UNITS)
     if head_unit == "kv_group":
         return shape.layers, shape.kv_heads
     return shape.layers * shape.kv_heads, shape.heads // shape.kv_heads

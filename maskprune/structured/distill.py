@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from maskprune.files import JsonObject
 from maskprune.hf.adapters import adapted_layers
 from maskprune.hf.families import layers_of, stock_model
 from maskprune.hf.head import head_of, last_hidden_states, tail_of
@@ -33,11 +33,11 @@ class DistillLoss:
 
 
 @contextlib.contextmanager
-def teacher_mode(model: Any, masks: Masks) -> Iterator[None]:
+def teacher_mode(model: nn.Module, masks: Masks) -> Iterator[None]:
     """The dense self: masks off, adapters off, no gradients, no dropout."""
-    adapters: Any = model.disable_adapter() if hasattr(model, "disable_adapter") else None
+    without_adapters = getattr(model, "disable_adapter", contextlib.nullcontext)
     training = model.training
-    with torch.no_grad(), masks.off(), adapters or contextlib.nullcontext():
+    with torch.no_grad(), masks.off(), without_adapters():
         model.eval()
         try:
             yield
@@ -146,7 +146,9 @@ def _side_by_side(
     state: dict[str, torch.Tensor] = {}
     terms: list[torch.Tensor] = []
 
-    def run_teacher(block: nn.Module, args: Any, kwargs: Any, output: Output) -> None:
+    def run_teacher(
+        block: nn.Module, args: tuple[object, ...], kwargs: JsonObject, output: Output
+    ) -> None:
         nonlocal busy
         if busy:
             return

@@ -5,18 +5,17 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 
+from maskprune.choices import LEAST_STEPS, MODES, require_choice, require_reach
+from maskprune.files import JsonObject
 from maskprune.hf.shape import Shape
 from maskprune.ops.minimax_step import FIELDS, INDEX, Rates, initial_state, minimax_step_
 from maskprune.structured.budget import Budget, Split
 from maskprune.structured.masks import Masks
 
 logger = logging.getLogger(__name__)
-
-MODES = ("minimax", "scheduled")
 
 
 class Minimax:
@@ -67,12 +66,12 @@ class Minimax:
         lock_gap: float = 0.05,
         backend: str = "auto",
     ) -> None:
-        if mode not in MODES:
-            raise ValueError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
-        if total_steps < 20:
-            raise ValueError(f"total_steps is {total_steps}; the schedule needs at least 20")
-        if not 0 < reach <= 0.9:
-            raise ValueError(f"reach is {reach}; expected a share of the run in (0, 0.9]")
+        require_choice("mode", mode, MODES)
+        if total_steps < LEAST_STEPS:
+            raise ValueError(
+                f"total_steps is {total_steps}; the schedule needs at least {LEAST_STEPS}"
+            )
+        require_reach(reach)
         if budget.shape != masks.shape:
             raise ValueError(
                 f"the budget is of {budget.shape}, the masks are of {masks.shape}; make both from "
@@ -272,11 +271,11 @@ class Minimax:
             m.copy_(final)
         return left
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> JsonObject:
         """What a resumed run needs besides the masks themselves."""
         return {"state": self.state.clone(), "fields": list(FIELDS), "rates": vars(self.rates)}
 
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
+    def load_state_dict(self, saved: JsonObject) -> None:
         """Continue from `state_dict()` of a solver with the same settings.
 
         Raises:

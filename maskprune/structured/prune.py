@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from maskprune.config import PruneConfig
@@ -131,9 +131,10 @@ class PruneTrainer(BlockTrainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         if self.optimizer is None:
-            trained: Any = self.model
             mask_ids = {id(p) for p in self.masks.parameters()}
-            weights = [p for p in trained.parameters() if p.requires_grad and id(p) not in mask_ids]
+            weights = [
+                p for p in self.core.parameters() if p.requires_grad and id(p) not in mask_ids
+            ]
             self.optimizer = adamw(
                 [
                     {"params": weights, "lr": self.config.learning_rate, "weight_decay": 0.0},
@@ -169,8 +170,8 @@ class PruneTrainer(BlockTrainer):
                     return 0.0
                 return min(1.0, (1 - step / T) / (1 - ramp))
 
-            target: Any = optimizer or self.optimizer
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(target, [weights, masks])
+            target = optimizer or self.create_optimizer()
+            self.lr_scheduler = LambdaLR(target, [weights, masks])
         return self.lr_scheduler
 
     def compute_loss(
@@ -351,7 +352,7 @@ def prune(
         or any(name.endswith(t) or t.endswith(f".{name}") for t in targets)
     }
     with quiet_transformers():
-        peft_model: Any = get_peft_model(
+        peft_model = get_peft_model(
             core,
             LoraConfig(
                 r=config.lora_r,

@@ -7,12 +7,12 @@ rho saliency per weight freed, a a kind's share of the weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from maskprune.choices import WARM_STARTS, require_choice
 from maskprune.hf.families import (
     FAMILIES,
     Family,
@@ -23,11 +23,10 @@ from maskprune.hf.families import (
 )
 from maskprune.structured.budget import Budget, Split
 from maskprune.structured.masks import Masks
+from maskprune.training.activations import add_squares
 from maskprune.training.distributed import own_batches, sum_shares
 from maskprune.training.progress import Report
 from maskprune.training.sharding import is_sharded, whole
-
-WARM_STARTS = ("none", "wanda-sp", "taylor")
 
 Saliency = tuple[torch.Tensor, torch.Tensor]
 
@@ -187,8 +186,7 @@ def wanda_sp(
     def see(
         kind: str, layer: int, module: nn.Module, x: torch.Tensor, g: torch.Tensor | None
     ) -> None:
-        total = x.float().pow(2).flatten(0, -2).sum(0)
-        squares[kind, layer] = squares.get((kind, layer), 0) + total
+        squares[kind, layer] = add_squares(squares.get((kind, layer)), x)
 
     training = model.training
     model.eval()
@@ -203,7 +201,7 @@ def wanda_sp(
     ffn = torch.zeros(shape.layers, shape.ffn, device=blocks.device)
     for index, layer in enumerate(layers_of(model)):
         for kind, module in _outputs(layer, family).items():
-            weight: Any = getattr(module, "base_layer", module).weight
+            weight = getattr(module, "base_layer", module).get_parameter("weight")
             columns = whole(weight).float().abs().mean(1 if family.transposed else 0)
             score = columns * squares[kind, index].sqrt()
             if kind == "head":
@@ -333,8 +331,7 @@ def warm_start(
     Raises:
         ValueError: an unknown kind.
     """
-    if kind not in WARM_STARTS:
-        raise ValueError(f"warm_start is {kind!r}; expected one of {', '.join(WARM_STARTS)}")
+    require_choice("warm_start", kind, WARM_STARTS)
     if kind == "taylor":
         start_masks(masks, budget, taylor(model, masks, blocks, progress))
     elif kind == "wanda-sp":

@@ -13,7 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -131,17 +131,17 @@ def on_first(function: Callable[[], T]) -> T:
     """What `function` gives on rank 0, given to every rank by pickle, as its error is."""
     if world_size() == 1:
         return function()
-    told: list[Any] = [None, None]
+    told: list[object] = [None, None]
     if rank() == 0:
         try:
             told[0] = function()
-        except Exception as error:
-            told[1] = error
+        except Exception as raised:
+            told[1] = raised
     dist.broadcast_object_list(told, src=0)
-    if told[1] is not None:
-        raise told[1]
-    value: T = told[0]
-    return value
+    value, error = told
+    if isinstance(error, Exception):
+        raise error
+    return cast(T, value)
 
 
 def barrier() -> None:
@@ -193,7 +193,7 @@ def as_forward(
     """
     if wrapper is core:
         return function(ids)
-    state: dict[str, Any] = vars(core)
+    state: dict[str, object] = vars(core)
     own = {"forward": state["forward"]} if "forward" in state else {}
 
     def restore() -> None:

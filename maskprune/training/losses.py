@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from maskprune.hf.head import Head
 from maskprune.ops import linear_kl
 from maskprune.ops.linear_kl import check_direction, kl_rows, rows_at_once
+from maskprune.ops.register import Context
 
 _ROWS = 256
 
@@ -23,7 +23,7 @@ class _TokenKL(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, student: torch.Tensor, teacher: torch.Tensor, reverse: bool
+        ctx: Context, student: torch.Tensor, teacher: torch.Tensor, reverse: bool
     ) -> torch.Tensor:
         grad, total = torch.empty_like(student), student.new_zeros((), dtype=torch.float32)
         n = student.shape[0]
@@ -37,7 +37,7 @@ class _TokenKL(torch.autograd.Function):
         return total / n
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Context, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         return grad * upstream.to(grad.dtype), None, None
 
@@ -72,7 +72,6 @@ def hidden_kl(
     Args:
         as_teacher: within this context such a head is the teacher's.
     """
-    module: Any = head.module
     if head.obstacle:
         with as_teacher(), torch.no_grad():
             teacher = head(teacher)
@@ -80,8 +79,8 @@ def hidden_kl(
     return linear_kl(
         student,
         teacher,
-        module.weight,
-        module.bias,
+        head.weight,
+        head.bias,
         scale=head.scale,
         softcap=head.softcap,
         direction=direction,
@@ -91,19 +90,18 @@ def hidden_kl(
 def hidden_cross_entropy(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Mean cross entropy of `targets` (n,) from last hidden states (n, d), in chunks of tokens.
 
-    Any head will do. Logits are made again in the backward, but by torch's own chunked operation,
+    Every head will do. Logits are made again in the backward, but by torch's own chunked operation,
     where it is exact: it rounds the loss to the dtype of the hidden states and knows no autocast.
     """
-    module: Any = head.module
-    rows = rows_at_once(module.weight.shape[0], hidden)
+    rows = rows_at_once(head.weight.shape[0], hidden)
     plain = head.obstacle is None and head.scale == 1 and head.softcap is None
     full = hidden.dtype == torch.float32 and not torch.is_autocast_enabled(hidden.device.type)
     if plain and full and hasattr(nn, "LinearCrossEntropyOptions"):
         return functional.linear_cross_entropy(
             hidden,
-            module.weight,
+            head.weight,
             targets,
-            linear_bias=module.bias,
+            linear_bias=head.bias,
             options=nn.LinearCrossEntropyOptions(batch_chunk_size=rows),
         )
 

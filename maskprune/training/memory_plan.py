@@ -8,9 +8,9 @@ width, V vocabulary, L layers - P parameters - A adapter parameters - S weights 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig
 
 from maskprune.config import PlanConfig, PruneConfig, SparsifyConfig
@@ -62,7 +62,7 @@ def memory_parts(config: PreTrainedConfig, load: Load, gpus: int) -> dict[str, i
             f"{load.gradient_accumulation * gpus}"
         )
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
+        model: nn.Module = AutoModelForCausalLM.from_config(config)
     family, shape, text = family_of(config), shape_of(config), text_config(config)
     dtype = getattr(config, "dtype", None) or torch.float32
     size = (getattr(torch, dtype) if isinstance(dtype, str) else dtype).itemsize
@@ -81,7 +81,7 @@ def memory_parts(config: PreTrainedConfig, load: Load, gpus: int) -> dict[str, i
         if family.prunes_heads:
             outputs.append(attention_output(block, family))
         for module in block.modules():
-            weight: Any = getattr(module, "weight", None)
+            weight: torch.Tensor | None = getattr(module, "weight", None)
             if weight is None or weight.dim() != 2:
                 continue
             r = load.output_r if module in outputs else load.lora_r

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
-
 import torch
+from torch.optim.optimizer import ParamsT
 
 
 def require_optimizer(bits: int) -> None:
@@ -26,7 +24,14 @@ def require_optimizer(bits: int) -> None:
 
 
 def adamw(
-    parameters: Iterable[torch.Tensor] | list[dict[str, Any]], bits: int, **options: Any
+    parameters: ParamsT,
+    bits: int,
+    *,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    fused: bool | None = None,
 ) -> torch.optim.Optimizer:
     """AdamW; with 8 bits torchao's, whose moments are dynamic 8-bit numbers in blocks of 256.
 
@@ -37,9 +42,10 @@ def adamw(
     """
     require_optimizer(bits)
     if bits == 32:
-        return torch.optim.AdamW(parameters, **options)
+        return torch.optim.AdamW(
+            parameters, lr, betas, eps=eps, weight_decay=weight_decay, fused=fused
+        )
     from torchao.optim import AdamW8bit
 
-    options.pop("fused", None)
-    optimizer: torch.optim.Optimizer = AdamW8bit(parameters, **options)
+    optimizer: torch.optim.Optimizer = AdamW8bit(parameters, lr, betas, eps, weight_decay)
     return optimizer

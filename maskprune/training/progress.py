@@ -6,7 +6,6 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from tqdm import tqdm
 
@@ -67,7 +66,7 @@ class Progress:
     ) -> None:
         self.total, self.first, self.started = total_steps, done, time.monotonic()
         self.quiet, self.unit = quiet, unit
-        self.bar: Any = None
+        self.bar: tqdm | None = None
         if not quiet and sys.stderr.isatty():
             self.bar = tqdm(
                 total=total_steps, initial=done, desc=name, unit=unit, dynamic_ncols=True

@@ -12,21 +12,28 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from maskprune.config import PruneConfig, SparsifyConfig
+from maskprune.files import JsonObject
 from maskprune.hf.families import layers_of, stock_model
 from maskprune.training.distributed import on_first, rank, world_size
 from maskprune.training.memory_plan import does_not_fit, load_of
 
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+    from transformers import PreTrainedConfig
+
 DCP_FOLDER = "dcp"
 
 
-def shards(config: Any, model_config: Any) -> bool:
+def shards(config: PruneConfig | SparsifyConfig, model_config: PreTrainedConfig) -> bool:
     """Whether a run spreads the model over its processes: as `config.shard` says, `auto` where by
     `maskprune plan`'s arithmetic the whole run does not fit each GPU.
 
@@ -94,12 +101,13 @@ class Sharder:
         """Keep this process's part of a block. Logits (6, O, I / 4) are cut along O."""
         from torch.distributed.fsdp import fully_shard
 
-        gathered: Any = fully_shard(
+        fully_shard(
             block, mesh=self.mesh, shard_placement_fn=lambda p: Shard(1 if p.dim() == 3 else 0)
         )
+        assert isinstance(block, FSDPModule)
         # Whether a weight gets a gradient is settled when it is first gathered.
-        gathered.unshard()
-        gathered.reshard()
+        block.unshard()
+        block.reshard()
 
     def rest(self, model: nn.Module) -> None:
         """After all blocks: what is around them stays whole and goes to the device."""
@@ -213,7 +221,7 @@ def load_moments(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
     set_optimizer_state_dict(model, optimizer, state, options=_options())
 
 
-def spread_moments(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def spread_moments(saved: JsonObject, optimizer: torch.optim.Optimizer) -> JsonObject:
     """The whole state of an optimizer, as one process saves it, for one of sharded tensors."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, state in saved["state"].items():
@@ -245,25 +253,27 @@ def load_adapter(folder: Path, model: nn.Module) -> None:
                 set_whole(p, file.get_tensor(name.replace(".default.", ".")))
 
 
-def _options(**more: Any) -> Any:
+def _options(strict: bool = True) -> StateDictOptions:
     from torch.distributed.checkpoint.state_dict import StateDictOptions
 
-    return StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_dict=True, **more)
+    return StateDictOptions(
+        ignore_frozen_params=True, flatten_optimizer_state_dict=True, strict=strict
+    )
 
 
-def _trained(model: nn.Module) -> dict[str, Any]:
+def _trained(model: nn.Module) -> JsonObject:
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
     return get_model_state_dict(model, options=_options())
 
 
-def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> JsonObject:
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
     return get_optimizer_state_dict(model, optimizer, options=_options())
 
 
-def _read(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+def _read(folder: Path, state: JsonObject) -> JsonObject:
     import torch.distributed.checkpoint as dcp
 
     _attempt(

@@ -5,14 +5,18 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 
 @torch.no_grad()
 def throughput(
-    models: Mapping[str, Any], *, prompt_len: int = 128, new_tokens: int = 32, repeats: int = 5
+    models: Mapping[str, PreTrainedModel],
+    *,
+    prompt_len: int = 128,
+    new_tokens: int = 32,
+    repeats: int = 5,
 ) -> dict[str, dict[str, float]]:
     """Tokens per second of each model, batch 1: reading a prompt, then writing one by one.
 
@@ -49,11 +53,11 @@ def throughput(
     }
 
 
-def _one_round(model: Any, prompt_len: int, new_tokens: int) -> tuple[float, float]:
+def _one_round(model: PreTrainedModel, prompt_len: int, new_tokens: int) -> tuple[float, float]:
     """(seconds of the prefill, seconds of all decode steps)."""
     device = next(model.parameters()).device
     wait: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    vocab = model.get_input_embeddings().num_embeddings
+    vocab = model.get_input_embeddings().get_parameter("weight").shape[0]
     prompt = torch.randint(vocab, (1, prompt_len), generator=torch.Generator().manual_seed(0))
     prompt = prompt.to(device)
     wait()

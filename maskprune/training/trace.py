@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -16,6 +15,7 @@ from maskprune.config import RunConfig
 from maskprune.files import JsonObject
 from maskprune.training.distributed import on_first, rank
 from maskprune.training.progress import Progress
+from maskprune.training.trainer import BlockTrainer
 
 
 class TraceCallback(TrainerCallback):
@@ -26,14 +26,17 @@ class TraceCallback(TrainerCallback):
     Args:
         config: settings with `logging_steps`, `batch_size` and `seq_len`.
         line: the numbers of a row that a person sees.
+
+    `trainer` is to be set once the trainer, which wants its callbacks first, is made.
     """
+
+    trainer: BlockTrainer
 
     def __init__(
         self, path: Path, config: RunConfig, quiet: bool, line: Callable[[JsonObject], str]
     ) -> None:
         self.path, self.config, self.quiet, self.line = path, config, quiet, line
         self.rows: list[JsonObject] = []
-        self.trainer: Any = None
         self.progress: Progress | None = None
         self.mark = (0, 0.0)
 

@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
+from torch.optim import Optimizer
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
+from maskprune.choices import LEAST_STEPS
 from maskprune.config import RunConfig
+from maskprune.files import JsonObject
 from maskprune.hf.families import text_config
 from maskprune.hf.shape import require_positions
 from maskprune.training.checkpoints import mark_complete, remove_old
@@ -47,16 +51,13 @@ class Blocks(Dataset[dict[str, torch.Tensor]]):
 
 
 class BlockTrainer(Trainer):
-    """`Trainer` over `Blocks` in their order, that stops at a loss which is not finite.
-
-    `TraceCallback` wants `trace_row(optimizer)` of its children: what the trace says of the run
-    beside `last_loss`.
-    """
+    """`Trainer` over `Blocks` in their order, that stops at a loss which is not finite."""
 
     def __init__(self, *args: Any, **kw: Any) -> None:
         super().__init__(*args, **kw)
-        core: Any = self.model
-        self.core, self.sharded = core, is_sharded(core)
+        assert isinstance(self.model, nn.Module)
+        self.core: nn.Module = self.model
+        self.sharded = is_sharded(self.core)
         self.model_accepts_loss_kwargs = False
         self.last_loss: dict[str, torch.Tensor] = {}
         self.remove_callback(PrinterCallback)
@@ -73,8 +74,8 @@ class BlockTrainer(Trainer):
             return super().train(*args, **kw)
 
     def _get_train_sampler(self, *_: object) -> SequentialSampler:
-        blocks: Any = self.train_dataset
-        return SequentialSampler(blocks)
+        assert isinstance(self.train_dataset, Blocks)
+        return SequentialSampler(self.train_dataset)
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         self.require_finite()
@@ -88,17 +89,21 @@ class BlockTrainer(Trainer):
             self.save_whole(folder)
             mark_complete(folder)
 
+    def trace_row(self, optimizer: Optimizer) -> JsonObject:
+        """What the trace says of the run beside `last_loss`."""
+        return {}
+
     def save_whole(self, folder: Path) -> None:
         """On rank 0, write what a checkpoint of either format holds beside weights and moments."""
 
     def _save_sharded(self, folder: Path) -> None:
         on_first(lambda: folder.mkdir(exist_ok=True))
         self._save_rng_state(str(folder))
-        optimizer: Any = self.optimizer
-        save_states(folder, self.core, optimizer.optimizer)
+        assert isinstance(self.optimizer, AcceleratedOptimizer)
+        save_states(folder, self.core, self.optimizer.optimizer)
         if self.is_world_process_zero():
-            schedule: Any = self.lr_scheduler
-            torch.save(schedule.state_dict(), folder / "scheduler.pt")
+            assert self.lr_scheduler is not None
+            torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
             self.state.save_to_json(str(folder / "trainer_state.json"))
             remove_old(folder.parent, self.args.save_total_limit)
 
@@ -107,15 +112,14 @@ class BlockTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         folder = Path(checkpoint)
-        prepared: Any = self.optimizer
-        schedule: Any = self.lr_scheduler
-        optimizer = prepared.optimizer
+        assert isinstance(self.optimizer, AcceleratedOptimizer) and self.lr_scheduler is not None
+        optimizer = self.optimizer.optimizer
         if has_states(folder):
             load_moments(folder, self.core, optimizer)
         else:
             saved = torch.load(folder / "optimizer.pt", mmap=True, weights_only=True)
             optimizer.load_state_dict(spread_moments(saved, optimizer))
-        schedule.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
+        self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
 
     def require_finite(self) -> None:
         """Raise on a NaN or infinite loss of any rank; synchronises with all and the device.
@@ -195,10 +199,10 @@ def total_steps(config: RunConfig, n_blocks: int, epochs: float = 7.0) -> int:
         return int(config.steps)
     epochs = config.epochs or epochs
     steps = int(epochs * n_blocks / config.batch_size)
-    if steps < 20:
+    if steps < LEAST_STEPS:
         raise ValueError(
             f"{epochs} epochs of {n_blocks} blocks are {steps} steps of {config.batch_size}; the "
-            "schedule needs at least 20: give more data or --steps"
+            f"schedule needs at least {LEAST_STEPS}: give more data or --steps"
         )
     return steps
 

@@ -2,7 +2,7 @@
 
 from maskprune.two_four.masks import TwoFourMasks, attach_two_four
 from maskprune.two_four.matrices import sparsegpt, wanda_scores
-from maskprune.two_four.one_shot import METHODS, one_shot_masks
+from maskprune.two_four.one_shot import one_shot_masks
 from maskprune.two_four.patterns import (
     CANDIDATES,
     apply_masks,
@@ -21,7 +21,6 @@ from maskprune.two_four.patterns import (
 
 __all__ = [
     "CANDIDATES",
-    "METHODS",
     "TwoFourMasks",
     "apply_masks",
     "attach_two_four",

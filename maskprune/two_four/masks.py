@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
+from maskprune.choices import require_choice
 from maskprune.hf.families import layers_of, require_causal_lm, stock_model
 from maskprune.ops import gumbel_two_four
 from maskprune.training.distributed import rank
 from maskprune.training.sharding import Sharder, own_part, whole
-from maskprune.two_four.patterns import CANDIDATES, mask_of, oriented, prunable
+from maskprune.two_four.patterns import CANDIDATES, Linear, mask_of, oriented, prunable
 
-MODES = ("sample", "hard", "off")
+SEEN_AS = ("sample", "hard", "off")
 
 
 class _Masked(nn.Module):
@@ -36,7 +36,7 @@ class _Masked(nn.Module):
         # In a tuple, so that it does not become a submodule of its own part.
         self.owner = (owner,)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         # The norm of the last forward belongs to its graph, which cannot be copied.
         return {name: value for name, value in vars(self).items() if name != "norm_sq"}
 
@@ -63,7 +63,7 @@ class TwoFourMasks:
 
     def __init__(self, model: nn.Module, seed: int, device: torch.device | None = None) -> None:
         self.mode = "sample"
-        self.modules: dict[str, Any] = prunable(model)
+        self.modules: dict[str, Linear] = prunable(model)
         device = device or next(model.parameters()).device
         self.kappa = torch.tensor(1.0, device=device)
         self.tau = torch.tensor(1.0, device=device)
@@ -74,9 +74,11 @@ class TwoFourMasks:
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self._last: dict[str, torch.Tensor] = {}
 
-    def _parts(self) -> Iterator[tuple[str, Any]]:
+    def _parts(self) -> Iterator[tuple[str, _Masked]]:
         for name, module in self.modules.items():
-            yield name, module.parametrizations.weight[0]
+            part = module.get_submodule("parametrizations.weight.0")
+            assert isinstance(part, _Masked)
+            yield name, part
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """The logits (6, O, I / 4) float32, by the name of their linear in the stock model."""
@@ -102,8 +104,7 @@ class TwoFourMasks:
         Raises:
             ValueError: another mode.
         """
-        if mode not in MODES:
-            raise ValueError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
+        require_choice("mode", mode, SEEN_AS)
         before, self.mode = self.mode, mode
         try:
             yield
@@ -121,7 +122,7 @@ class TwoFourMasks:
     def dense_norm(self) -> torch.Tensor:
         """Sum over weights of ||W||; 0-dim float32."""
         norms = [
-            whole(module.parametrizations.weight.original.float().norm())
+            whole(module.get_parameter("parametrizations.weight.original").float().norm())
             for module in self.modules.values()
         ]
         return torch.stack(norms).sum()

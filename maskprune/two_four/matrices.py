@@ -8,11 +8,13 @@ U (I, I) upper with U^T U = H^-1, d its diagonal, e (O,) the scaled error of a c
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from maskprune.training.activations import damped_factors
 from maskprune.two_four.patterns import hard_mask
 
 DAMPING = 0.01
@@ -84,16 +86,12 @@ def inverse_factor(H: torch.Tensor, damping: float = DAMPING) -> tuple[torch.Ten
     H.diagonal().masked_fill_(dead, 1.0)
     ridge = damping * H.diagonal().mean()
     with full_float32():
-        for _ in range(DAMPING_TRIES):
-            damped = H.clone()
-            damped.diagonal().add_(ridge)
-            factor, failed = torch.linalg.cholesky_ex(damped)
-            if not failed:
+        for factor in itertools.islice(damped_factors(H, ridge), DAMPING_TRIES):
+            if factor is not None:
                 inverse = torch.cholesky_inverse(factor)
                 U, failed = torch.linalg.cholesky_ex(inverse, upper=True)
                 if not failed and bool(U.isfinite().all()):
                     return U, dead
-            ridge = 10 * ridge
     raise ValueError(
         f"sparsegpt: H {tuple(H.shape)} is not positive definite even with a damping of "
         f"{damping * 10 ** (DAMPING_TRIES - 1):g} of its mean diagonal; use more calibration text, "

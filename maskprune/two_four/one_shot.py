@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from maskprune.choices import TWO_FOUR_ONE_SHOT, require_choice
 from maskprune.hf.families import layers_of, stock_model
+from maskprune.training.activations import add_gram, add_squares
 from maskprune.training.distributed import own_share, sum_shares
 from maskprune.two_four.matrices import (
     full_float32,
@@ -23,8 +25,6 @@ from maskprune.two_four.matrices import (
     wanda_scores,
 )
 from maskprune.two_four.patterns import Linear, hard_mask, oriented, prunable
-
-METHODS = ("magnitude", "wanda", "sparsegpt")
 
 # What a block's activations and attention scores take grows with it.
 TOKENS_AT_ONCE = 2048
@@ -53,7 +53,7 @@ def one_shot_masks(
 
     Args:
         model: transformers causal LM of a known family, or a PEFT model around one.
-        method: one of `METHODS`.
+        method: sparsegpt, wanda or magnitude.
         blocks: (n, T) int64 token ids on the CPU or the model's device; magnitude needs none.
         update: SparseGPT only: also write the updated weights W_hat.
         progress: called with the blocks done and of how many, after each; magnitude does not.
@@ -97,8 +97,7 @@ def one_shot_masks(
 
 
 def _require(method: str, blocks: torch.Tensor | None, update: bool) -> None:
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
+    require_choice("method", method, TWO_FOUR_ONE_SHOT)
     if update and method != "sparsegpt":
         raise ValueError(f"update=True with {method}; only sparsegpt updates weights")
     if method == "magnitude":
@@ -145,14 +144,7 @@ def _statistics(
             owner[name] = owner[last[1]] if x is last[0] else name
         last = (x, name)
         if owner[name] == name:
-            flat = x.flatten(0, -2).float()
-            if name not in sums:
-                width = flat.shape[1]
-                sums[name] = flat.new_zeros((width, width) if gram else (width,))
-            if gram:
-                sums[name].addmm_(flat.T, flat)
-            else:
-                sums[name] += flat.square().sum(0)
+            sums[name] = (add_gram if gram else add_squares)(sums.get(name), x)
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         return lambda module, args: see(name, args[0])

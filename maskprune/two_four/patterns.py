@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from torch import nn
@@ -52,8 +52,8 @@ def prunable(model: nn.Module) -> dict[str, Linear]:
     for index, layer in enumerate(layers_of(base)):
         for path in linear_names(layer, family):
             name = f"{family.layers}.{index}.{path}"
-            named: Any = layer.get_submodule(path)
-            module: Linear = getattr(named, "base_layer", named)
+            named = layer.get_submodule(path)
+            module = cast(Linear, getattr(named, "base_layer", named))
             if not module.weight.is_floating_point():
                 raise ValueError(
                     f"{name} has a weight of {module.weight.dtype}; expected floating point; load "

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from maskprune.choices import TWO_FOUR_ONE_SHOT
 from maskprune.config import SparsifyConfig
 from maskprune.files import JsonObject
 from maskprune.hf.equality import (
@@ -25,7 +26,7 @@ from maskprune.hf.equality import (
     hidden_states_of,
     require_equal,
 )
-from maskprune.hf.families import text_config
+from maskprune.hf.families import stock_model, text_config
 from maskprune.hf.head import head_of, last_hidden_states
 from maskprune.training.checkpoints import (
     open_run,
@@ -60,7 +61,7 @@ from maskprune.training.trainer import (
     use_autocast,
 )
 from maskprune.two_four.masks import TwoFourMasks, attach_two_four
-from maskprune.two_four.one_shot import METHODS, one_shot_masks
+from maskprune.two_four.one_shot import one_shot_masks
 from maskprune.two_four.patterns import CANDIDATES, apply_masks, load_masks, oriented, prunable
 
 LOGITS_FILE = "logits.safetensors"
@@ -98,8 +99,7 @@ class SparsifyTrainer(BlockTrainer):
         chosen = config.regulariser_weight
         self.reward = REGULARISER_WEIGHTS[config.regulariser] if chosen is None else chosen
         self.drawn = (-1, 0)
-        core: Any = self.model
-        self.head = head_of(core)
+        self.head = head_of(self.core)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         if self.optimizer is None:
@@ -123,8 +123,7 @@ class SparsifyTrainer(BlockTrainer):
             def cosine(step: int) -> float:
                 return 0.55 + 0.45 * math.cos(math.pi * min(1.0, step / num_training_steps))
 
-            target: Any = optimizer or self.optimizer
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(target, cosine)
+            self.lr_scheduler = LambdaLR(optimizer or self.create_optimizer(), cosine)
         return self.lr_scheduler
 
     def compute_loss(
@@ -157,7 +156,7 @@ class SparsifyTrainer(BlockTrainer):
         loss = as_forward(model, core, forward, inputs["input_ids"])
         return (loss, {}) if return_outputs else loss
 
-    def fit(self, model: Any, ids: torch.Tensor) -> torch.Tensor:
+    def fit(self, model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
         """The loss on the text: language model or KL; 0-dim float32."""
         if self.config.loss == "kl":
             training = model.training
@@ -175,7 +174,7 @@ class SparsifyTrainer(BlockTrainer):
             "lr": float(optimizer.param_groups[0]["lr"]),
         }
 
-    def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: object = None) -> None:
         from safetensors.torch import save_file
 
         folder = Path(str(output_dir or self.args.output_dir))
@@ -242,7 +241,7 @@ def sparsify(
 
     Source: MaskLLM, arXiv 2409.17481, sections 3.2 and 3.3; the rates are those of its code.
     """
-    core: Any = model
+    core = stock_model(model)
     join_run(config, core)
     quiet = quiet or rank() > 0
     magnitude = config.method == "magnitude"
@@ -264,7 +263,7 @@ def sparsify(
 
 
 def _learn(
-    model: Any,
+    model: PreTrainedModel,
     blocks: torch.Tensor,
     sample: torch.Tensor,
     config: SparsifyConfig,
@@ -333,7 +332,7 @@ def _learn(
     return SparsifyResult(model, chosen, difference, trace.rows, steps)
 
 
-def require_even(model: Any) -> None:
+def require_even(model: PreTrainedModel) -> None:
     """Refuse weights whose outputs the processes of a sharded run do not divide.
 
     Raises:
@@ -350,19 +349,24 @@ def require_even(model: Any) -> None:
 
 
 def find_prior(
-    model: Any, blocks: torch.Tensor, config: SparsifyConfig, quiet: bool = True
+    model: PreTrainedModel, blocks: torch.Tensor, config: SparsifyConfig, quiet: bool = True
 ) -> dict[str, torch.Tensor] | None:
     """The prior masks that the settings name, chosen on `blocks` or read; None for `none`."""
     if config.prior == "none":
         return None
-    if config.prior in METHODS:
+    if config.prior in TWO_FOUR_ONE_SHOT:
         return choose_masks(model, config.prior, blocks, quiet=quiet)
     masks, _ = load_masks(config.prior)
     return masks
 
 
 def choose_masks(
-    model: Any, method: str, blocks: torch.Tensor, *, update: bool = False, quiet: bool = False
+    model: PreTrainedModel,
+    method: str,
+    blocks: torch.Tensor,
+    *,
+    update: bool = False,
+    quiet: bool = False,
 ) -> dict[str, torch.Tensor]:
     """`one_shot_masks` with its progress shown, a block of the model at a time."""
     if method == "magnitude":

@@ -11,7 +11,6 @@ from peft import LoraConfig, get_peft_model
 
 from maskprune.hf.families import layers_of
 from maskprune.two_four import (
-    METHODS,
     apply_masks,
     hard_mask,
     is_two_four,
@@ -451,7 +450,3 @@ def test_nan_among_the_weights_names_the_linear():
         layers_of(model)[1].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj: .*NaN"):
         one_shot_masks(model, "magnitude")
-
-
-def test_the_methods_are_these():
-    assert METHODS == ("magnitude", "wanda", "sparsegpt")

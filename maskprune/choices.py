@@ -1,0 +1,29 @@
+"""The words that settings take, and the bounds that a class and its settings share.
+
+Imports nothing heavy: the command line reads them before torch is loaded.
+"""
+
+from __future__ import annotations
+
+HEAD_UNITS = ("kv_group", "query_head")
+ARCH_FALLBACKS = ("mistral", "divisor", "error")
+MODES = ("minimax", "scheduled")
+WARM_STARTS = ("none", "wanda-sp", "taylor")
+ONE_SHOT = ("wanda-sp", "taylor", "random")
+TWO_FOUR_ONE_SHOT = ("sparsegpt", "wanda", "magnitude")
+KL_DIRECTIONS = ("teacher_student", "student_teacher")
+
+LEAST_STEPS = 20
+LARGEST_REACH = 0.9
+
+
+def require_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise ValueError where `value` is none of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
+
+
+def require_reach(reach: float) -> None:
+    """Raise ValueError for a ramp that is no part of a run, or leaves too little after it."""
+    if not 0 < reach <= LARGEST_REACH:
+        raise ValueError(f"reach is {reach}; expected a share of the run in (0, {LARGEST_REACH}]")
