@@ -431,7 +431,7 @@ def test_an_error_half_way_leaves_the_block_as_it_was(update, monkeypatch):
 @pytest.mark.parametrize(
     "method, blocks, options, text",
     [
-        ("wnda", None, {}, "'wnda'; expected one of magnitude, wanda, sparsegpt"),
+        ("wnda", None, {}, "'wnda'; expected one of sparsegpt, wanda, magnitude"),
         ("wanda", tokens(), {"update": True}, "only sparsegpt updates"),
         ("wanda", None, {}, "blocks are None; expected token ids"),
         ("sparsegpt", tokens().float(), {}, "torch.float32"),
