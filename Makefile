@@ -76,6 +76,7 @@ gpu:
 docs: $(VENV)/tested
 	$(BIN)/python benchmarks/latency.py --doc docs/uniform.md --from $(R)/latency.jsonl
 	$(BIN)/python -m benchmarks.engines.page --from $(R)/engines.jsonl
+	$(BIN)/python -m benchmarks.quality.picture -o docs/quality.svg
 
 clean:
 	rm -rf build *.egg-info maskprune/_C*.so

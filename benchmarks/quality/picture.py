@@ -1,0 +1,86 @@
+"""Perplexity of the small Llama over the tokens read, a line per arm, from its rows.
+
+python -m benchmarks.quality.picture -o docs/quality.svg
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.rows import read_rows
+
+RESULTS = Path(__file__).parents[1] / "results" / "quality_small.jsonl"
+# Arms in the order of the legend, each with its name and colour.
+ARMS = {
+    "taylor-split-compensated": ("Taylor at once", "#0072B2"),
+    "wanda-sp-split-compensated": ("Wanda-sp at once", "#009E73"),
+    "random-split-compensated": ("random at once", "#8A8A8A"),
+    "maskprune": ("masks learned", "#D55E00"),
+    "maskprune-shuffled": ("the same, mask gradients shuffled", "#E69F00"),
+    "maskprune-cold": ("masks learned from 1", "#AA4499"),
+    "paper": ("the paper's own settings", "#000000"),
+}
+Points = dict[str, dict[int, list[float]]]
+
+
+def points(rows: Iterable[dict[str, Any]], sparsity: float, learning_rate: float) -> Points:
+    """Held-out perplexities by arm and tokens read, in the order of tokens."""
+    found: Points = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        arm = row["provider"]
+        if arm not in ARMS or row["learning_rate"] != learning_rate:
+            continue
+        if abs(row["sparsity"] - sparsity) < 0.01:
+            found[arm][row["tokens_read"]].append(row["ppl_held_out"])
+    return {arm: dict(sorted(found[arm].items())) for arm in ARMS if arm in found}
+
+
+def draw(found: Points, dense: float, out: Path) -> None:
+    """A line through the means, bars from the least to the largest of the seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "maskprune"
+    figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
+    for arm, by_tokens in found.items():
+        name, colour = ARMS[arm]
+        means = [sum(v) / len(v) for v in by_tokens.values()]
+        below = [m - min(v) for m, v in zip(means, by_tokens.values(), strict=True)]
+        above = [max(v) - m for m, v in zip(means, by_tokens.values(), strict=True)]
+        axes.errorbar(
+            list(by_tokens), means, [below, above],
+            color=colour, marker="o", markersize=4, capsize=3, linewidth=1.6, label=name,
+        )  # fmt: skip
+    axes.axhline(dense, color="#444444", linestyle=":", linewidth=1.2, label="dense")
+    axes.set_xscale("log")
+    axes.set_xlabel("tokens read, ranking and compensation counted")
+    axes.set_ylabel("held-out perplexity")
+    axes.grid(color="#E4E4E4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    figure.savefig(out, metadata={"Date": None})
+    plt.close(figure)
+
+
+def main(given: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("-o", "--out", type=Path, required=True)
+    parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--learning-rate", type=float, default=5e-3)
+    args = parser.parse_args(given)
+    rows = read_rows(RESULTS)
+    dense = next(row["ppl_held_out"] for row in rows if row["provider"] == "dense")
+    draw(points(rows, args.sparsity, args.learning_rate), dense, args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
