@@ -296,7 +296,9 @@ def prune(
     quiet: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> PruneResult:
-    """Prune a model with MaskPrune: learn the masks under the budget, give back a stock model.
+    """Prune heads and FFN units to the budget, train what stays, give back a stock model.
+
+    The units go at once by a ranking, or their masks are learned by MaskPrune: `config.method`.
 
     Args:
         model: a transformers causal LM of a known family. It ends with adapters and masks on it;
