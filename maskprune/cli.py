@@ -35,7 +35,7 @@ usage: maskprune COMMAND ... ; maskprune COMMAND --help shows its flags
 
   info                                  backends, versions, devices
   plan   MODEL --sparsity 0.2           the shape to come, without training
-  prune  MODEL -o OUT --sparsity 0.2    heads and FFN units out, the rest trained, a stock checkpoint
+  prune  MODEL -o OUT --sparsity 0.2    fewer heads and FFN units, as a stock checkpoint
   sparsify MODEL -o OUT                 2:4: two of every four weights at zero, masks learned
   export MODEL --masks FILE -o OUT      fold masks into a checkpoint on disk, streaming
   convert DIR -o FILE.gguf              one file for llama.cpp, quantised or not
