@@ -4,8 +4,8 @@
 
 Each engine runs in an environment of its own, made on first use in maskprune's cache. Parts:
 `small`, a random model of every family for each head unit; `demo`, the demo model dense, pruned,
-uniform and heterogeneous, with its speeds; `quality`, quantised files of the demo's trained
-checkpoint beside those of the dense model. Where an engine does something else than
+uniform and heterogeneous, with its speeds; `quality`, llama.cpp's quantised files of the demo's
+trained checkpoint beside those of the dense model. Where an engine does something else than
 maskprune/hf/engines.py says, or a part fails, the exit status is 1.
 """
 
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.engines import llama_cpp
+from benchmarks.engines import llama_cpp, vllm_cpu
 from benchmarks.engines.environments import ready
 from benchmarks.engines.models import EVERY_FAMILY, load_config, write_demo, write_small
 from benchmarks.harness import environment
@@ -30,15 +30,16 @@ from benchmarks.harness.rows import MEASURED, write_rows
 from maskprune.hf.engines import verdict
 
 PARTS = ("small", "demo", "quality")
-ENGINES = {"llama.cpp": llama_cpp}
+ENGINES = {"llama.cpp": llama_cpp, "vllm": vllm_cpu}
+QUALITY = {"llama.cpp": llama_cpp.quality}
 # Half-precision tables of GELU alone make 1e-2; another function makes whole units.
 LARGEST_DIFFERENCE, SAME_TOKENS = 0.05, 0.97
-WINDOWS, WINDOW = 24, 512
+WINDOWS, WINDOW = 12, 512
 # What of a row is a finding: two rows equal in all else are of one case.
 FOUND = (
     *MEASURED, "python", "torch", "maskprune", "triton", "transformers", "packages", "loads",
     "error", "same_tokens", "tokens", "logprob_difference", "compared", "expected", "known",
-    "bytes", "ppl", "ppl_tokens", "cpu", "class", "shape",
+    "runs_as", "bytes", "ppl", "ppl_tokens", "cpu", "class", "shape",
     *(f"{p}_{f}" for p in ("prefill", "decode") for f in ("tokens_s", "against_dense", "noise")),
 )  # fmt: skip
 Row = dict[str, Any]
@@ -125,11 +126,13 @@ def main(argv: list[str] | None = None) -> int:
             )
         if "quality" in args.parts:
             windows = held_out(args.work / "windows.npy")
-            steps["quality"] = lambda name: ENGINES[name].quality(
+            steps["quality"] = lambda name: QUALITY[name](
                 pythons[name], demo, windows, args.work, args.threads
             )
     for name in pythons:
         for part, step in steps.items():
+            if part == "quality" and name not in QUALITY:
+                continue
             try:
                 keep(step(name))
             except Exception as error:

@@ -71,7 +71,8 @@ def ready(engine: str, root: Path | None = None) -> Path:
         if wanted.over:
             inside = sysconfig.get_path("purelib", vars={"base": str(folder)})
             Path(inside, "over.pth").write_text(sysconfig.get_path("purelib") + "\n")
-        _run(str(python), "-m", "pip", "install", "-q", *wanted.packages)
+        # Most of what comes along is never imported.
+        _run(str(python), "-m", "pip", "install", "-q", "--no-compile", *wanted.packages)
         if wanted.remove:
             _run(str(python), "-m", "pip", "uninstall", "-q", "-y", *wanted.remove)
     except RuntimeError:

@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 import json
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engines.environments import ENVIRONMENTS
 from benchmarks.engines.models import Described
+from benchmarks.engines.rows import Row, agreement, race_task, speed_rows
 from benchmarks.engines.runner import HERE, answers, environment
 
 NAME = "llama.cpp"
 SCRIPT = "run_llama_cpp.py"
 TIMEOUT = 900.0
-PREFILL, DECODE, ROUNDS = 128, 32, 5
-Row = dict[str, Any]
-# Which demo models are raced as what; the dense one also stands in twice, to show the noise.
+# Which demo models are raced as what.
 RACES = {
     "F16": ("dense", "pruned", "uniform 50 %", "zeros 50 %"),
     "Q8_0": ("dense", "pruned", "uniform 50 %"),
     "Q4_K_M": ("dense", "pruned", "uniform 50 %"),
 }
-QUALITY_TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M")
-
-
-def versions() -> Row:
-    """The packages of the environment."""
-    return {"engine": NAME, "packages": " ".join(ENVIRONMENTS[NAME].packages)}
+QUALITY_TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M")
 
 
 def small(python: Path, described: Mapping[str, Described], work: Path, threads: int) -> list[Row]:
@@ -51,7 +43,7 @@ def small(python: Path, described: Mapping[str, Described], work: Path, threads:
     rows = []
     for name, facts in described.items():
         answer = {"error": f"converter: {refused[name]}"} if name in refused else said[name]
-        rows.append(_agreement(name, facts, answer))
+        rows.append(agreement(NAME, name, facts, answer))
     return rows
 
 
@@ -68,7 +60,7 @@ def demo(
             asked = {"path": str(path), "threads": threads}
             tasks = [{"task": "load", "name": name, "arguments": asked}]
             answer = answers(python, SCRIPT, tasks, TIMEOUT)[name]
-        yield _agreement(name, facts, answer)
+        yield agreement(NAME, name, facts, answer)
         if path:
             path.unlink()
     for kind, names in RACES.items():
@@ -114,14 +106,6 @@ def _compare(name: str, path: Path, facts: Described, threads: int) -> Row:
     return {"task": "compare", "name": name, "arguments": asked}
 
 
-def _agreement(name: str, facts: Described, answer: Mapping[str, Any]) -> Row:
-    row = versions() | {"what": "agreement", "model": name}
-    row |= {k: facts.get(k) for k in ("family", "head_unit", "class", "shape")}
-    if "error" in answer:
-        return row | {"loads": False, "error": answer["error"]}
-    return row | {"loads": True, "compared": "every log-probability, float32"} | answer["done"]
-
-
 def _converted(
     python: Path, facts: Described, work: Path, kind: str
 ) -> tuple[Path | None, str | None]:
@@ -145,29 +129,9 @@ def _raced(
     kind: str,
     threads: int,
 ) -> list[Row]:
-    again = "dense again"
-    racing = {name: str(path) for name, path in paths.items()} | {again: str(paths["dense"])}
-    asked = {"paths": racing, "threads": threads, "prefill": PREFILL, "decode": DECODE}
-    task = {"task": "race", "name": kind, "arguments": asked | {"rounds": ROUNDS}}
+    task = race_task(kind, {name: str(path) for name, path in paths.items()}, threads)
     answer = answers(python, SCRIPT, [task], TIMEOUT)[kind]
     if "error" in answer:
         raise RuntimeError(f"{kind}: {answer['error']}")
-    speeds = answer["done"]
-    rows = []
-    for name, path in paths.items():
-        row = versions() | {"what": "speed", "model": name, "type": kind, "rounds": ROUNDS}
-        row |= {"shape": described[name]["shape"], "bytes": path.stat().st_size}
-        row |= {"clock": "CPU time of one thread" if threads == 1 else "wall"}
-        for what in ("prefill", "decode"):
-            row[f"{what}_tokens_s"] = float(f"{statistics.median(speeds[name][what]):.4g}")
-            row[f"{what}_against_dense"] = _ratio(speeds[name][what], speeds["dense"][what])
-            row[f"{what}_noise"] = abs(
-                round(_ratio(speeds[again][what], speeds["dense"][what]) - 1, 3)
-            )
-        rows.append(row)
-    return rows
-
-
-def _ratio(one: list[float], other: list[float]) -> float:
-    """Median of the rounds' ratios: what slows a whole round cancels."""
-    return round(statistics.median(a / b for a, b in zip(one, other, strict=True)), 3)
+    sizes = {name: path.stat().st_size for name, path in paths.items()}
+    return speed_rows(NAME, kind, described, sizes, answer["done"], threads)

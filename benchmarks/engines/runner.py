@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,52 +15,84 @@ from typing import Any
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 MARK = "ROW"
+Answer = dict[str, Any]
 
 
 def answers(
     python: Path, script: str, tasks: Iterable[Mapping[str, Any]], timeout: float
-) -> dict[str, dict[str, Any]]:
-    """What `script` answers to every task, by the task's name: `{"done": ...}` or `{"error": ...}`.
+) -> dict[str, Answer]:
+    """What `stream` yields, by the task's name."""
+    return dict(stream(python, script, tasks, timeout))
 
-    Tasks go in as JSON lines; an answer is a line `ROW{...}`. A script that dies takes its task
-    with it, not the ones after.
+
+def stream(
+    python: Path,
+    script: str,
+    tasks: Iterable[Mapping[str, Any]],
+    timeout: float,
+    settings: Mapping[str, str] | None = None,
+) -> Iterator[tuple[str, Answer]]:
+    """(name, answer) of every task as it comes: `{"done": ...}` or `{"error": ...}`.
+
+    Tasks go in as JSON lines; an answer is a line `ROW{...}`. A script that dies, or says nothing
+    for `timeout` seconds, takes its task with it, not the ones after.
+
+    Args:
+        settings: variables of the script's environment.
     """
     left = {str(task["name"]): task for task in tasks}
-    found: dict[str, dict[str, Any]] = {}
     while left:
-        lines = "".join(json.dumps(task) + "\n" for task in left.values())
-        with tempfile.TemporaryFile("w+") as log:
+        with tempfile.TemporaryFile("w+") as asked, tempfile.TemporaryFile("w+") as log:
+            asked.writelines(json.dumps(task) + "\n" for task in left.values())
+            asked.seek(0)
+            process = subprocess.Popen(
+                [str(python), str(HERE / script)], stdin=asked, stdout=subprocess.PIPE,
+                stderr=log, text=True, env=environment() | dict(settings or {}),
+                start_new_session=True,
+            )  # fmt: skip
             try:
-                done = subprocess.run(
-                    [str(python), str(HERE / script)],
-                    input=lines, stdout=subprocess.PIPE, stderr=log, text=True, check=False,
-                    timeout=timeout, env=environment(),
-                )  # fmt: skip
-                said, code = done.stdout, f"exit status {done.returncode}"
-            except subprocess.TimeoutExpired as stopped:
-                # Bytes, although text was asked for: a bug of Python's, fixed in no 3.11.
-                out = stopped.stdout or b""
-                said = out.decode() if isinstance(out, bytes) else out
-                code = f"no answer within {timeout:.0f} s"
+                for line in _lines(process, timeout):
+                    if line.startswith(MARK):
+                        answer = json.loads(line.removeprefix(MARK))
+                        name = answer.pop("name")
+                        left.pop(name, None)
+                        yield name, answer
+            finally:
+                _kill(process)
             log.seek(0)
             last = [line.strip() for line in log.read().splitlines() if line.strip()]
-        for answer in _parsed(said):
-            found[answer.pop("name")] = answer
-        for name in found:
-            left.pop(name, None)
         if left:
             name = next(iter(left))
             left.pop(name)
-            found[name] = {"error": f"{script} ended: {code}; {last[-1] if last else 'no message'}"}
-    return found
+            code = f"exit status {process.returncode}"
+            if process.returncode == -signal.SIGKILL:
+                code = f"killed, or no answer within {timeout:g} s"
+            yield name, {"error": f"{script} ended: {code}; {last[-1] if last else 'no message'}"}
+
+
+def _lines(process: subprocess.Popen[str], timeout: float) -> Iterator[str]:
+    """What it prints, until it ends or prints nothing for `timeout` seconds and is killed."""
+    assert process.stdout
+    while True:
+        watch = threading.Timer(timeout, _kill, [process])
+        watch.start()
+        try:
+            line = process.stdout.readline()
+        finally:
+            watch.cancel()
+        if not line:
+            process.wait()
+            return
+        yield line
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """With its children, if it still runs."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def environment() -> dict[str, str]:
     """This one, with the checkout's package in reach."""
     return os.environ | {"PYTHONPATH": str(ROOT), "TRANSFORMERS_VERBOSITY": "error"}
-
-
-def _parsed(text: str) -> Iterator[dict[str, Any]]:
-    for line in text.splitlines():
-        if line.startswith(MARK):
-            yield json.loads(line.removeprefix(MARK))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import select
 import sys
 from pathlib import Path
 
@@ -14,7 +16,8 @@ from benchmarks.engines.__main__ import agrees, contradiction
 from benchmarks.engines.environments import ENVIRONMENTS, MARKER, ready
 from benchmarks.engines.models import NEW_TOKENS, write_small
 from benchmarks.engines.page import render
-from benchmarks.engines.runner import answers
+from benchmarks.engines.runner import answers, stream
+from benchmarks.engines.vllm_cpu import short
 from benchmarks.harness import read_rows
 from maskprune.hf.load import load_model
 
@@ -95,6 +98,41 @@ def test_a_script_that_dies_takes_one_task_with_it(tmp_path):
     slow.write_text("import time\ntime.sleep(60)\n")
     found = answers(Path(sys.executable), str(slow), [{"name": "a"}], 0.5)
     assert "no answer within" in found["a"]["error"]
+
+
+def test_answers_come_one_by_one_and_a_script_that_is_left_is_ended_with_its_children(tmp_path):
+    script, alive = tmp_path / "script.py", tmp_path / "alive"
+    os.mkfifo(alive)
+    reader = os.open(alive, os.O_RDONLY | os.O_NONBLOCK)
+    script.write_text(
+        "import json, os, sys, time\n"
+        "held = os.open(os.environ['ALIVE'], os.O_WRONLY)\n"
+        "name = json.loads(sys.stdin.readline())['name']\n"
+        "if os.fork(): print('ROW' + json.dumps({'name': name, 'done': {}}), flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    tasks = [{"name": n} for n in "ab"]
+    coming = stream(Path(sys.executable), str(script), tasks, 60, {"ALIVE": str(alive)})
+    assert next(coming) == ("a", {"done": {}})
+    coming.close()
+    # The end of the file: nobody holds it open any more.
+    assert select.select([reader], [], [], 10)[0] and os.read(reader, 1) == b""
+    os.close(reader)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            "ValidationError: 1 validation error for ModelConfig\n  Value error, Model "
+            "architectures ['X'] are not supported. [type=value_error, input_value=1]\n  more",
+            "Model architectures ['X'] are not supported.",
+        ),
+        ("RuntimeError: start (0) +\n length", "RuntimeError: start (0) + length"),
+    ],
+)
+def test_what_vllm_says_is_one_line(error, said):
+    assert short(error) == said
 
 
 def test_an_environment_that_pip_cannot_make_leaves_nothing(tmp_path, monkeypatch):
