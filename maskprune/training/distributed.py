@@ -53,6 +53,8 @@ def start(device: str) -> None:
         ValueError: one GPU for all processes, or more processes than GPUs.
     """
     if world_size() == 1:
+        # accelerate takes this of torchrun's for several processes, and wraps the model in DDP.
+        os.environ.pop("LOCAL_RANK", None)
         return
     if rank() > 0:
         _silence()
@@ -156,6 +158,32 @@ def mean(values: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(values)
         values /= world_size()
     return values
+
+
+def require_same_weights(model: nn.Module) -> None:
+    """Refuse processes that were given models of different weights.
+
+    Raises:
+        ValueError: names the first tensor that differs.
+    """
+    if world_size() == 1:
+        return
+    everyone: list[dict[str, int]] = [{}] * world_size()
+    dist.all_gather_object(everyone, {n: _checksum(p) for n, p in model.named_parameters()})
+    for other, sums in enumerate(everyone):
+        for name, value in sums.items():
+            if everyone[0].get(name) != value:
+                raise ValueError(
+                    f"the weights of {name} differ between rank 0 and rank {other}; give every "
+                    "process the same model: one folder that all see, or one seed"
+                )
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    """The sum of a tensor's bytes, eight at a time; the same in whatever order they are added."""
+    data = tensor.detach().flatten().view(torch.uint8)
+    eights = len(data) // 8 * 8 if data.storage_offset() % 8 == 0 else 0
+    return int(data[:eights].view(torch.int64).sum()) + int(data[eights:].sum())
 
 
 def own_share(blocks: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,14 @@ from maskprune.hf.families import text_config
 from maskprune.hf.shape import require_positions
 from maskprune.training.checkpoints import mark_complete, remove_old
 from maskprune.training.data import token_blocks
-from maskprune.training.distributed import barrier, mean, on_first, start, world_size
+from maskprune.training.distributed import (
+    barrier,
+    mean,
+    on_first,
+    require_same_weights,
+    start,
+    world_size,
+)
 from maskprune.training.documents import Source
 from maskprune.training.interrupt import StopCallback, training_loop
 from maskprune.training.sharding import (
@@ -35,6 +42,9 @@ from maskprune.training.sharding import (
     spread_moments,
 )
 from maskprune.training.speed import bfloat16_is_faster
+
+# What DDP reads on a model: names of the parameters that are none of its business.
+_NOT_SENT = "_ddp_params_and_buffers_to_ignore"
 
 
 class Blocks(Dataset[dict[str, torch.Tensor]]):
@@ -70,8 +80,14 @@ class BlockTrainer(Trainer):
         Raises:
             Interrupted: a signal came, see `stop_on_signals`.
         """
-        with training_loop():
-            return super().train(*args, **kw)
+        # DDP would send what is frozen, which is the same on all processes, in copies.
+        frozen = {name for name, p in self.core.named_parameters() if not p.requires_grad}
+        vars(self.core)[_NOT_SENT] = frozen
+        try:
+            with training_loop():
+                return super().train(*args, **kw)
+        finally:
+            del vars(self.core)[_NOT_SENT]
 
     def _get_train_sampler(self, *_: object) -> SequentialSampler:
         assert isinstance(self.train_dataset, Blocks)
@@ -229,7 +245,7 @@ def join_run(config: RunConfig, model: nn.Module) -> None:
     """Join the process group of a run that torchrun started; nothing for a single process.
 
     Raises:
-        ValueError: a micro-batch that does not divide over the processes.
+        ValueError: a micro-batch that does not divide over the processes, or models that differ.
     """
     micro, world = config.batch_size // config.gradient_accumulation, world_size()
     if micro % world:
@@ -239,6 +255,7 @@ def join_run(config: RunConfig, model: nn.Module) -> None:
             f"that is a multiple of {config.gradient_accumulation * world}"
         )
     start(next(model.parameters()).device.type)
+    require_same_weights(model)
 
 
 def training_arguments(

@@ -149,9 +149,38 @@ def train_sharded(folder: Path, alone: Path) -> None:
     dist.destroy_process_group()
 
 
+def refused(**changes: Any) -> str:
+    """What a run says whose ranks were given different models."""
+    model = tiny_model("llama", seed=rank())
+    try:
+        prune(model, None, blocks(), PruneConfig(**(PRUNE | changes)))
+    except ValueError as error:
+        return str(error)
+    raise AssertionError("not refused")
+
+
 def train_on_four(folder: Path) -> None:
-    torch.save(trained(prune_one(None, **WAYS["hidden"])), folder / f"found.{rank()}")
+    """On four ranks: one way, what is refused, and which bytes DDP sends when it starts."""
+    sent = []
+    honest = dist._broadcast_coalesced
+
+    def counted(group: Any, tensors: list[torch.Tensor], *more: Any) -> None:
+        sent.extend(tensors)
+        honest(group, tensors, *more)
+
+    dist._broadcast_coalesced = counted
+    found: dict[str, Any] = trained(prune_one(None, **WAYS["hidden"]))
+    found["refused"] = refused()
+    found["sent"] = sum(tensor.nbytes for tensor in sent)
+    torch.save(found, folder / f"found.{rank()}")
     dist.destroy_process_group()
+
+
+def train_on_one(folder: Path) -> None:
+    """One process that torchrun started."""
+    found = trained(prune_one(None, **WAYS["hidden"]))
+    assert not dist.is_initialized()
+    torch.save(found, folder / "found")
 
 
 def command_with_nan(folder: Path, arguments: list[str]) -> None:

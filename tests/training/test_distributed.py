@@ -23,6 +23,7 @@ from rank_jobs import (
     train_all,
     train_and_resume,
     train_on_four,
+    train_on_one,
     train_sharded,
     trained,
     unfinished,
@@ -149,8 +150,18 @@ def test_four_processes_train_what_one_does(alone, tmp_path):
     run_ranks(4, train_on_four, tmp_path)
     ranks = [torch.load(tmp_path / f"found.{r}") for r in range(4)]
     for other in ranks:
+        told, sent = other.pop("refused"), other.pop("sent")
         require_same(other, ranks[0])
+        assert "embed_tokens.weight differ between rank 0 and rank 1; give every" in told
+        # What is trained, and before every forward the tables of the positions; not the model.
+        of_run = sum(value.nbytes for name, value in other.items() if name != "signal")
+        assert of_run <= sent < 2 * of_run
     require_close(ranks[0], alone[1]["hidden"])
+
+
+def test_one_process_of_torchrun_is_no_group(alone, tmp_path):
+    run_ranks(1, train_on_one, tmp_path)
+    require_same(torch.load(tmp_path / "found"), alone[1]["hidden"])
 
 
 def arguments(place, *more):
