@@ -1,8 +1,8 @@
 """Masks file and checkpoint to a stock checkpoint, tensor by tensor, never building the model.
 
-The memory it takes does not grow with the checkpoint: two blocks a thread, the masks, and the
-factors of one adapted weight. It reads the table that the in-memory exporter reads
-(`maskprune/cuts.py`), and writes the bytes that one writes.
+Its memory does not grow with the checkpoint: two blocks a thread, the masks, and the factors of one
+adapted weight. It takes its cuts from the same table as the in-memory exporter
+(`maskprune/structured/cuts.py`) and writes the same bytes.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def export_checkpoint(
         ValueError: a source, adapter or masks file that cannot be read or does not fit; says why.
         OSError: reading or writing failed, or the disk is full.
 
-    Source: MaskPrune (arXiv 2502.14008), section 3.2, with the fold mended (docs/method.md).
+    Source: MaskPrune (arXiv 2502.14008), section 3.2, with the fold corrected (docs/method.md).
     """
     out = output_folder(out_dir)
     require_new_folder(out, overwrite, (src_dir, masks_file, adapter))
@@ -119,7 +119,7 @@ def export_checkpoint(
 
 
 def source_folder(name: str | Path) -> Path:
-    """The checkpoint folder that a name means; fetched, if it is a hub id.
+    """The checkpoint folder that a name means; a hub id is downloaded first.
 
     Raises:
         ValueError: there is none.
@@ -135,7 +135,7 @@ def source_folder(name: str | Path) -> Path:
     except Exception as error:
         first = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"model {where} is no folder here and could not be fetched from the hub ({first}); "
+            f"model {where} is not a local folder and could not be fetched from the hub ({first}); "
             "give a local checkpoint folder"
         ) from None
 
@@ -149,7 +149,10 @@ def write_stream(
     progress: bool = True,
     backend: str = "auto",
 ) -> None:
-    """Write the stock checkpoint that was planned for `source` into a folder."""
+    """Write the stock checkpoint that `plan` makes of `source` into an existing `folder`.
+
+    card: the text of its README.md.
+    """
     _write_weights(plan, folder, progress, backend)
     write_stock_files(folder, plan.config, source=source, model_card=card)
 
@@ -209,7 +212,7 @@ def _explained(error: OSError, out: Path) -> OSError:
         errno.EPERM: "choose a folder that can be written",
         errno.ENOTDIR: "choose a folder whose parents are folders",
         errno.EEXIST: "choose a folder whose parents are folders",
-    }.get(error.errno or 0, "mend that and run it again")
+    }.get(error.errno or 0, "fix that and run it again")
     return OSError(error.errno, f"export to {out} failed, nothing was left there: {what}; {do}")
 
 

@@ -19,9 +19,9 @@ from maskprune.streaming.progress import ByteProgress
 from maskprune.streaming.safetensors_file import Planned, Stored
 from maskprune.structured.cuts import Cut
 
-# A block and its result stay in the second-level cache.
+# So that a block and its result stay in the L2 cache.
 BLOCK_BYTES = 1 << 19
-# Between two ticks of the progress bar, and between two looks at Ctrl-C.
+# Between two updates of the progress bar, and between two checks for Ctrl-C.
 PIECE_BYTES = 1 << 26
 
 
@@ -40,7 +40,7 @@ class Move:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of the source that are needed: rows that go are skipped."""
+        """Bytes of the source that are read: pruned rows are skipped."""
         by_row = self.cut is not None and self.cut.dim == 0 and self.lora is None
         return self.target.size if by_row else self.source.size
 

@@ -65,7 +65,7 @@ class StreamPlan:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of tensors that are needed: rows that go are skipped."""
+        """Bytes of tensors that are read: pruned rows are skipped."""
         return sum(move.bytes_read for move in self.moves.values())
 
     @property
@@ -92,11 +92,11 @@ def plan_stream(
     require_same_model(masks, config, str(source))
     small = target_config(config, shape, arch_fallback)
     layout = _Layout.of(small, stored, family_of(config))
-    found = layout.found
-    cuts, whole = cuts_by_name(masks, small.model_type), _whole_sizes(masks, found)
+    tensors = layout.tensors
+    cuts, whole = cuts_by_name(masks, small.model_type), _whole_sizes(masks, tensors)
     zeros = set(zero_tensors(config, small))
     loras = read_adapter(Path(adapter)) if adapter is not None else {}
-    _require_fitting_adapter(adapter, loras, found)
+    _require_fitting_adapter(adapter, loras, tensors)
     moves: dict[str, Move] = {}
     planned: list[Planned] = []
     used = set()
@@ -109,12 +109,12 @@ def plan_stream(
         given = cut.source if cut is not None and cut.source else name
         if not layout.has(source, given, name):
             continue
-        target = _result(found[given], name, cut, whole.get(given), shape_out)
+        target = _result(tensors[given], name, cut, whole.get(given), shape_out)
         target = replace(target, name=layout.written_as(name))
         planned.append(target)
-        moves[target.name] = Move(found[given], target, cut, loras.get(given))
+        moves[target.name] = Move(tensors[given], target, cut, loras.get(given))
         used.add(given)
-    dropped = tuple(sorted(set(found) - used))
+    dropped = tuple(sorted(set(tensors) - used))
     shards = plan_shards(planned, shard_size)
     return StreamPlan(shape, small, moves, shards, layout.parameters, dropped)
 
@@ -123,7 +123,7 @@ def plan_two_four(source: Path, masks: Mapping[str, torch.Tensor], shard_size: i
     """Lay out a checkpoint whose masked weights become 0 and whose other bytes stay.
 
     Args:
-        masks: (O, I) bool by the name of the linear; none, to see whether the rest can be done.
+        masks: (O, I) bool by the name of the linear; an empty dict checks the rest alone.
 
     Raises:
         ValueError: checkpoint and masks do not belong together, or the checkpoint is quantised,
@@ -138,7 +138,7 @@ def plan_two_four(source: Path, masks: Mapping[str, torch.Tensor], shard_size: i
     for name, shape in layout.expected.items():
         if not layout.has(source, name, name):
             continue
-        tensor, mask = layout.found[name], waiting.pop(name, None)
+        tensor, mask = layout.tensors[name], waiting.pop(name, None)
         if mask is not None and (tuple(mask.shape) != shape or tensor.dtype not in TORCH_DTYPES):
             raise ValueError(
                 f"the mask of {name} is {tuple(mask.shape)} and the weight {tensor.dtype} "
@@ -160,13 +160,13 @@ def plan_two_four(source: Path, masks: Mapping[str, torch.Tensor], shard_size: i
 class _Layout:
     """The tensors that a model of some config needs, and where a checkpoint has them.
 
-    expected: shapes by the model's own names, in the order in which they are written. found: the
+    expected: shapes by the model's own names, in the order in which they are written. tensors: the
     checkpoint's tensors by these names. disk_names: what it calls them.
     """
 
     family: Family
     expected: dict[str, tuple[int, ...]]
-    found: dict[str, Stored]
+    tensors: dict[str, Stored]
     disk_names: dict[str, str]
     tied: dict[str, str]
     parameters: int
@@ -179,25 +179,25 @@ class _Layout:
         expected = {name: tuple(t.shape) for name, t in skeleton.state_dict().items()}
         tied = dict(getattr(skeleton, "all_tied_weights_keys", None) or {})
         disk_names = _disk_names(stored, expected, skeleton.base_model_prefix, family)
-        found = {name: stored[on_disk] for name, on_disk in disk_names.items()}
-        _keep_tied(found, tied)
-        # transformers writes in this order where names on disk are others.
+        tensors = {name: stored[on_disk] for name, on_disk in disk_names.items()}
+        _keep_tied(tensors, tied)
+        # The order of transformers where names on disk differ from the model's.
         if family.on_disk:
             expected = {name: expected[name] for name in sorted(expected, key=_natural)}
-        return _Layout(family, expected, found, disk_names, tied, int(skeleton.num_parameters()))
+        return _Layout(family, expected, tensors, disk_names, tied, int(skeleton.num_parameters()))
 
     def has(self, source: Path, given: str, name: str) -> bool:
-        """Whether tensor `given`, of which `name` is made, is there; one that is tied need not be.
+        """Whether there is a tensor `given`, from which `name` is made; a tied one may be missing.
 
         Raises:
             ValueError: it is not.
         """
-        if given not in self.found and name not in self.tied:
+        if given not in self.tensors and name not in self.tied:
             raise ValueError(
                 f"{source} lacks tensor {given}; its config.json promises it; the checkpoint is "
                 "half-written or of another architecture: fetch it again"
             )
-        return given in self.found
+        return given in self.tensors
 
     def written_as(self, name: str) -> str:
         """The name of a tensor in the result."""
@@ -218,7 +218,9 @@ def _read_config(source: Path) -> PreTrainedConfig:
         content = json.loads(path.read_text(encoding="utf-8"))
         quantisation = content.get("quantization_config")
     except (OSError, ValueError, AttributeError):
-        raise ValueError(f"{path} is no readable JSON object; fetch the checkpoint again") from None
+        raise ValueError(
+            f"{path} is not a readable JSON object; fetch the checkpoint again"
+        ) from None
     if quantisation:
         method = quantisation.get("quant_method") or quantisation.get("quant_algo") or "quantised"
         raise ValueError(
@@ -277,15 +279,15 @@ def _natural(name: str) -> list[tuple[int, str, int]]:
     return [key(part) for part in name.split(".")]
 
 
-def _keep_tied(found: dict[str, Stored], tied: dict[str, str]) -> None:
+def _keep_tied(tensors: dict[str, Stored], tied: dict[str, str]) -> None:
     """One copy of weights that the config ties, under the name that transformers writes."""
     for copy, original in tied.items():
-        if copy not in found:
+        if copy not in tensors:
             continue
-        if original not in found:
-            found[original] = found.pop(copy)
-        elif _same_bytes(found[copy], found[original]):
-            del found[copy]
+        if original not in tensors:
+            tensors[original] = tensors.pop(copy)
+        elif _same_bytes(tensors[copy], tensors[original]):
+            del tensors[copy]
 
 
 def _same_bytes(a: Stored, b: Stored) -> bool:
@@ -304,7 +306,7 @@ def _same_bytes(a: Stored, b: Stored) -> bool:
 
 
 def _whole_sizes(masks: Masks, names: Iterable[str]) -> dict[str, int]:
-    """How large each tensor is along its cut before it is cut: what masks of one layer keep."""
+    """The size of each tensor along its cut, before it is cut: what masks of 1 keep."""
     layer = Masks(replace(masks.shape, layers=1), masks.head_unit, masks.family)
     first = {name: cut.keep.numel() for name, cut in cuts_by_name(layer).items()}
     stem = FAMILIES[masks.family].layers + "."
@@ -317,11 +319,11 @@ def _whole_sizes(masks: Masks, names: Iterable[str]) -> dict[str, int]:
 
 
 def _require_fitting_adapter(
-    adapter: str | Path | None, loras: dict[str, Lora], found: dict[str, Stored]
+    adapter: str | Path | None, loras: dict[str, Lora], tensors: dict[str, Stored]
 ) -> None:
     for name, lora in loras.items():
-        if name not in found or found[name].shape != lora.shape:
-            has = f"is {list(found[name].shape)} there" if name in found else "is not there"
+        if name not in tensors or tensors[name].shape != lora.shape:
+            has = f"is {list(tensors[name].shape)} there" if name in tensors else "is not there"
             raise ValueError(
                 f"adapter {adapter} changes {name} {list(lora.shape)}, which {has}; use the "
                 "adapter that was trained on this model"

@@ -1,8 +1,8 @@
-"""Safetensors without loading: headers read with suspicion, shards planned and written in order.
+"""Safetensors without loading: headers checked in full, shards planned and written in order.
 
 A file is an 8-byte little-endian header length, a JSON header that gives each tensor's dtype,
-shape and byte range, and the bytes. A header may lie; whatever is wrong with it, reading it ends
-in a ValueError that names the file, never in a read outside it.
+shape and byte range, and the bytes. A header may lie: whatever is wrong with it ends in a
+ValueError that names the file, never in a read outside it.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ def _load_header(path: Path) -> tuple[tuple[list[tuple[str, object]], int], int]
         file.seek(0)
         head = file.read(8)
         if len(head) < 8:
-            raise _Wrong(f"{total} bytes are no safetensors file; expected at least 8")
+            raise _Wrong(f"{total} bytes are not a safetensors file; expected at least 8")
         (length,) = struct.unpack("<Q", head)
         if length > MAX_HEADER_BYTES:
             raise _Wrong(f"the header claims {length} bytes; expected at most {MAX_HEADER_BYTES}")
@@ -227,12 +227,12 @@ def _load_header(path: Path) -> tuple[tuple[list[tuple[str, object]], int], int]
 
 
 def _no_duplicates(pairs: list[tuple[str, object]]) -> JsonObject:
-    found: JsonObject = {}
+    unique: JsonObject = {}
     for name, value in pairs:
-        if name in found:
+        if name in unique:
             raise _Wrong(f"the header has {name[:80]!r} twice")
-        found[name] = value
-    return found
+        unique[name] = value
+    return unique
 
 
 def _stored(path: Path, name: str, entry: object, data_at: int) -> Stored:
@@ -277,7 +277,7 @@ def _require_no_gaps(tensors: Iterable[Stored], data_at: int, available: int) ->
             raise _Wrong(f"tensor {tensor.name!r} {word} {before!r}")
         reached, before = tensor.start + tensor.size, tensor.name
     if reached - data_at != available:
-        state = "it is cut short" if reached - data_at > available else "it has bytes too many"
+        state = "it is cut short" if reached - data_at > available else "it has bytes beyond them"
         raise _Wrong(
             f"the header promises {reached - data_at} bytes of tensors, the file has {available}: "
             f"{state}"

@@ -1,7 +1,7 @@
 """What a shape costs, which shapes are legal, and the budget that training works towards.
 
 Letters: R the resource kept, R* the budget, r the pruned fraction of each kind of unit, a the
-kind's share of the attention and FFN weights, D its units per row.
+kind's share of the attention and FFN weights.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def layer_weights(config: PreTrainedConfig, shape: Shape) -> int:
 
 
 def default_multiple(ffn: int, targets: str | None = None) -> int:
-    """The step of legal FFN widths: 256 suits K-quants, group-128 INT4 and FP8 blocks.
+    """The default step between legal FFN widths: 256 suits K-quants, group-128 INT4 and FP8 blocks.
 
     64 for widths below 4096 and 8 below 512, where a coarser step would miss the budget by more
     than the alignment is worth; with llama.cpp among the targets 256 from 1024 on.
@@ -66,13 +66,14 @@ class Budget:
 
     Args:
         model: a transformers model or its config.
-        sparsity: the share, in (0, 1), of the attention and FFN weights of all layers that goes.
+        sparsity: the share, in (0, 1), of all layers' attention and FFN weights to remove.
         head_unit: `kv_group` (a KV head with its query heads) or `query_head` (the same number of
             query heads out of every group).
-        multiple_of: FFN widths are multiples of it; None chooses 256, 64 or 8 by width and targets.
-        head_sparsity, ffn_sparsity: a split fixed by hand, in [0, 1); both, instead of `sparsity`.
+        multiple_of: legal FFN widths are multiples of it; None takes `default_multiple`.
+        head_sparsity, ffn_sparsity: the share of each kind to prune, in [0, 1), instead of a split
+            that training finds; `sparsity`, if given too, is then a minimum.
         arch_fallback: `mistral`, `divisor` or `error`, see `pruned_class`.
-        targets: engines that the result is for, comma-separated; they move the default step.
+        targets: engines that are to run the result, comma-separated, for `default_multiple`.
 
     Raises:
         TypeError: a sparsity that is not a number.
@@ -204,7 +205,7 @@ class Budget:
                 f"FFN widths in multiples of {self.multiple_of} and at least one unit left, the "
                 f"most is {highest:.4g}; ask for less or lower --multiple-of"
             )
-        # A split that prunes no less of either kind than another is never the better one.
+        # A split is never better than another that prunes no more of either kind.
         return [
             s
             for s in splits
@@ -238,8 +239,8 @@ class Budget:
         if self.arch_fallback == "error" and chosen[0] - wanted >= 1:
             raise ValueError(
                 f"head_sparsity {head} asks for a head count that {self.family.model_type} "
-                f"refuses; legal are {[round(n / self.head_units, 4) for n in heads]}, or use "
-                "--arch-fallback mistral"
+                f"refuses; legal head sparsities are "
+                f"{[round(n / self.head_units, 4) for n in heads]}, or use --arch-fallback mistral"
             )
         split = Split(chosen[0], widths[0], self.resource(chosen[0], widths[0]))
         if split.R >= 1:
@@ -247,7 +248,7 @@ class Budget:
         if sparsity is not None and split.R > 1 - sparsity + 1e-9:
             raise ValueError(
                 f"head_sparsity {head} and ffn_sparsity {ffn} remove {1 - split.R:.4g}, less than "
-                f"the asked sparsity {sparsity}; raise them or leave out --sparsity"
+                f"the requested sparsity {sparsity}; raise them or leave out --sparsity"
             )
         return split
 

@@ -31,7 +31,7 @@ class PruneCallback(TrainerCallback):
         optimizer: Optimizer | None = None,
         **kw: object,
     ) -> None:
-        # DeepSpeed and the like make theirs later.
+        # DeepSpeed and others create their optimizer later.
         if optimizer is not None:
             self.solver.require_trained(p for g in optimizer.param_groups for p in g["params"])
 
@@ -55,11 +55,10 @@ class PruneCallback(TrainerCallback):
 
 
 class LockCallback(TrainerCallback):
-    """Once, when the solver has made the shape final: settles the masks, starts the output
-    adapters anew.
+    """Settles the masks and resets the output adapters, once, when the shape is final.
 
-    Until then each step asks the solver, which synchronises with the device. A run resumed from a
-    checkpoint with a final shape has had it.
+    Until then each step synchronises with the device to ask the solver. A run resumed from a
+    checkpoint whose shape was final has done this already.
 
     Args:
         compensation: sets the adapters, returns the parameters that it set.
@@ -88,13 +87,13 @@ class LockCallback(TrainerCallback):
         self.done = True
         self.residuals = self.solver.settle()
         for p in self.compensation():
-            # Moments of the old factors say nothing of the new ones.
+            # The old factors' moments do not apply to the new ones.
             for moment in optimizer.state.get(p, {}).values():
                 moment.zero_()
 
 
 class SignalCallback(TrainerCallback):
-    """Counts the masks' gradients for the trace, while the masks are learned."""
+    """Adds up the masks' gradients for the trace while the masks are learned."""
 
     def __init__(self, signal: MaskSignal) -> None:
         self.signal = signal

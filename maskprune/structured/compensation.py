@@ -1,8 +1,8 @@
-"""What the pruned units did, given to those that stay: a least-squares start of the adapters.
+"""Least-squares adapters that let the units that stay take over from the pruned ones.
 
-Not in the paper, which leaves all recovery to training. Optimal Brain Surgeon's correction
-(Hassibi and Stork, NeurIPS 1992) for a whole set of input columns at once, cut to the rank of the
-adapter that carries it, so that the base weights and with them the teacher stay as they are.
+Training starts from them; the paper leaves all recovery to training. This is Optimal Brain
+Surgeon's correction (Hassibi and Stork, NeurIPS 1992) for a whole set of input columns at once, cut
+to the rank of the adapter, so that the base weights, and with them the teacher, stay unchanged.
 Letters: W (O, I) an output matrix, X (I, n) its inputs, m (I,) the masks of its input channels,
 H = X X^T, K the channels that stay, D (O, I) the change of W.
 """
@@ -27,7 +27,7 @@ from maskprune.training.sharding import set_whole, whole
 
 Place = tuple[str, int]
 
-# Of all H held at once; layers beyond it wait for another pass over the calibration text.
+# Limit of all H held at once; further layers take another pass over the calibration text.
 GRAM_BYTES = 4 * 2**30
 RIDGE = 0.01
 
@@ -35,7 +35,7 @@ RIDGE = 0.01
 def low_rank_compensation(
     W: torch.Tensor, H: torch.Tensor, m: torch.Tensor, rank: int, ridge: float = RIDGE
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The factors B A of D that best let the masked matrix do what W did.
+    """Factors B A of the D with which the masked matrix best reproduces the outputs of W.
 
     D minimises || W X - (W + D) diag(m) X ||^2 + ridge ||D||^2, and B A is the best approximation
     of that rank to D diag(m) X. The problem is solved in float64.
@@ -43,13 +43,13 @@ def low_rank_compensation(
     Args:
         W: (O, I) weight.
         H: (I, I) sum over tokens of x x^T.
-        m: (I,) in [0, 1], 0 for what goes.
+        m: (I,) in [0, 1], 0 for pruned channels.
         rank: r.
         ridge: in units of the mean of H's diagonal over the channels that stay.
 
     Returns:
         A (k, I), zero in the columns of pruned channels, and B (O, k), float64; rows of A and
-        columns of B have equal norms. k is r, or less where fewer directions hold all of D.
+        columns of B have equal norms. k is r, or less where the rank of D is lower.
 
     Raises:
         ValueError: H is not finite.
@@ -69,9 +69,9 @@ def low_rank_compensation(
     D = torch.cholesky_solve(m[K, None] * (H[K] @ (W * (1 - m)).T), factor).T
     # The best rank-r part of D sqrt(H_K) is its projection on the leading left singular vectors.
     energy, U = torch.linalg.eigh(D @ H_K @ D.T)
-    found = energy > torch.finfo(H.dtype).eps * len(energy) * energy.max()
-    U = U[:, found].flip(1)[:, :rank]
-    # Which of U and -U comes out hangs on the last bit, and on how many ranks summed H.
+    nonzero = energy > torch.finfo(H.dtype).eps * len(energy) * energy.max()
+    U = U[:, nonzero].flip(1)[:, :rank]
+    # The sign of an eigenvector depends on rounding, and so on how many ranks summed H.
     U = U * U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
     part = U.T @ D
     norm = part.norm(dim=1).sqrt()
@@ -88,19 +88,19 @@ def compensate(
     blocks: torch.Tensor,
     progress: Report | None = None,
 ) -> list[nn.Parameter]:
-    """Start the adapters of W_O and W_down anew, at the compensation of what `kept` leaves out.
+    """Reset the adapters of W_O and W_down to compensate for the units that `kept` prunes.
 
     Matrices without an adapter, and those whose channels all stay at 1, are left as they are.
 
     Args:
         model: the PEFT model under its masks.
-        kept: the masks of heads and FFN units with 0 for what goes, in the shapes of
+        kept: the masks of heads and FFN units, 0 for pruned units, in the shapes of
             `masks.head` and `masks.ffn`.
         blocks: (n, T) token ids on the model's device.
-        progress: called with the batches done and of how many.
+        progress: called with (batches done, batches in all).
 
     Returns:
-        The parameters that were set, whose optimizer state is void.
+        The parameters that were set; their optimizer state no longer applies.
 
     Raises:
         ValueError: activations that are not finite.
@@ -134,7 +134,7 @@ def compensate(
 def _groups(
     places: list[Place], channels: dict[Place, torch.Tensor], limit: int
 ) -> list[list[Place]]:
-    """The places whose H fit into `limit` bytes together, one place at least; a pass each."""
+    """Groups for one pass each: places whose H fit into `limit` bytes together, or a single one."""
     groups: list[list[Place]] = []
     held = limit
     for place in places:
@@ -148,7 +148,7 @@ def _groups(
 
 
 def _gram_bytes(device: torch.device) -> int:
-    """Room for H; the solver needs about eight times the room of one more besides."""
+    """Bytes for all H held at once; on CUDA the solver needs about eight times one H besides."""
     if device.type != "cuda":
         return GRAM_BYTES
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -183,7 +183,7 @@ def _start(
     for number, name in enumerate(names):
         parameters = module.lora_A[name].weight, module.lora_B[name].weight
         a, b = (whole(p.detach()).clone() for p in parameters)
-        # Directions that are not needed stay as an adapter starts: A random, B zero.
+        # Ranks that are not needed start as in a new adapter: A random, B zero.
         b.zero_()
         if number == 0:
             A, B = low_rank_compensation(weight.T if transposed else weight, H, m, a.shape[0])

@@ -92,11 +92,11 @@ def layer_cuts(
 
     Folds the head mask into the columns of W_O and the FFN mask into the columns of W_down:
     exact for the forward `(act(gate) * up * m) W_down`, for MHA and GQA, with or without biases.
-    The paper (section 3.2) folds into W_V, W_gate and W_up, which is not.
+    The paper (section 3.2) folds into W_V, W_gate and W_up, which is not exact.
 
     head: (H,) float32, the mask of each query head, or None where heads stay as they are.
     ffn: (F,) float32.
-    unfuse: the family of the result, where it has a tensor each for what `family` has fused.
+    unfuse: the family of the result, where it splits projections that `family` fuses.
     """
     cuts: dict[str, Cut] = {}
     # Conv1D keeps (in, out): rows and columns change places.

@@ -1,4 +1,4 @@
-"""The loss against the unmasked self: KL of the logits, MSE of every layer's hidden states.
+"""The distillation loss: KL of the logits and MSE of every layer's hidden states.
 
 L = KL + alpha * sum over layers of MSE(h_s, h_t) (MaskPrune, arXiv 2502.14008, section 3.3). The
 teacher is the same model with masks and adapters off, so it costs no second copy of the weights.
@@ -25,7 +25,7 @@ from maskprune.training.losses import hidden_kl
 
 @dataclass
 class DistillLoss:
-    """total = kl + alpha * layer; all 0-dim."""
+    """total = kl + alpha * layer; 0-dim tensors."""
 
     total: torch.Tensor
     kl: torch.Tensor
@@ -34,7 +34,7 @@ class DistillLoss:
 
 @contextlib.contextmanager
 def teacher_mode(model: nn.Module, masks: Masks) -> Iterator[None]:
-    """The dense self: masks off, adapters off, no gradients, no dropout."""
+    """Within the context the model is its own teacher: no masks, adapters, gradients or dropout."""
     without_adapters = getattr(model, "disable_adapter", contextlib.nullcontext)
     training = model.training
     with torch.no_grad(), masks.off(), without_adapters():
@@ -55,10 +55,10 @@ def distill(
 ) -> DistillLoss:
     """Loss of the masked model against its unmasked self on `input_ids` (B, T).
 
-    Teacher and student run layer by layer side by side, so that of the teacher's activations only
-    the current layer's are alive. Under activation checkpointing, which runs layers twice, the
-    teacher's hidden states are kept instead. Logits are made of a few tokens at a time, but for a
-    head that is adapted or has hooks, see `Head.obstacle`.
+    Teacher and student run side by side, so only one layer of the teacher's activations is in
+    memory. Under activation checkpointing, which runs layers twice, the teacher runs first and all
+    its hidden states are kept. Logits are computed for a few tokens at a time, unless the head is
+    adapted or has hooks (`Head.obstacle`).
 
     Args:
         model: transformers causal LM with masks attached, or the PEFT model around it.
@@ -96,7 +96,7 @@ def _teacher_first(
     input_ids: torch.Tensor,
     with_hidden: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Last hidden states of student and teacher, and the MSE of their blocks' kept outputs."""
+    """Last hidden states of student and teacher, and the sum over layers of the MSE."""
 
     def kept() -> tuple[torch.Tensor, list[torch.Tensor]]:
         states: list[torch.Tensor] = []
@@ -126,7 +126,7 @@ Output = torch.Tensor | tuple[torch.Tensor, ...]
 
 
 def _hidden(output: Output) -> torch.Tensor:
-    """A block's output without what some versions give beside it."""
+    """A block's hidden states, without the further outputs of some transformers versions."""
     h: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return h
 

@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 
 def final_shape(masks: Masks) -> Shape:
-    """The uniform shape that `masks` leave; refuses masks that are not uniform, NaN or empty."""
+    """The uniform shape that `masks` leave.
+
+    Raises:
+        ValueError: masks that are not uniform, hold NaN or keep nothing.
+    """
     return pruned_shape(masks.head.detach(), masks.ffn.detach(), masks.shape, masks.head_unit)
 
 
@@ -63,8 +67,8 @@ def cuts_by_name(masks: Masks, model_type: str | None = None) -> dict[str, Cut]:
 def merged_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """The stock state dict with adapters merged, tensor by tensor.
 
-    A merged weight comes in float32 (float64 in a float64 model), to be rounded once, after the
-    fold; others as they are.
+    Merged weights are float32 (float64 in a float64 model), so that they are rounded only once,
+    after the fold; others keep their dtype.
 
     Raises:
         ValueError: adapters that cannot be merged exactly.
@@ -80,12 +84,12 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         if owner in adapted and leaf == "weight":
             tensor = merged_weight(adapted[owner], tensor)
         stock_name = f"{owner}.{leaf}" if owner in adapted else name
-        # Layers that were compiled one by one are wrapped one by one.
+        # A layer that was compiled on its own has this in the middle of its name.
         yield stock_name.replace("_orig_mod.", ""), tensor
 
 
 def export(model: nn.Module, masks: Masks, *, arch_fallback: str = "mistral") -> PreTrainedModel:
-    """A new stock transformers model with the masks folded in and the pruned units gone.
+    """A new stock transformers model with the masks folded in and the pruned units removed.
 
     Exact: head masks go into the columns of W_O, FFN masks into the columns of W_down. The given
     model is left as it was. Merged weights are folded in float32 (float64 in a float64 model) and
@@ -101,7 +105,7 @@ def export(model: nn.Module, masks: Masks, *, arch_fallback: str = "mistral") ->
         ValueError: masks that are not uniform or are of another model, a shape that no stock
             class takes, or adapters that cannot be merged exactly.
 
-    Source: MaskPrune (arXiv 2502.14008), section 3.2, with the fold mended (docs/method.md).
+    Source: MaskPrune (arXiv 2502.14008), section 3.2, with the fold corrected (docs/method.md).
     """
     from transformers import AutoModelForCausalLM
 
@@ -125,7 +129,7 @@ def export(model: nn.Module, masks: Masks, *, arch_fallback: str = "mistral") ->
     tied = set(getattr(small, "all_tied_weights_keys", None) or ())
     if unexpected or set(missing) - tied:
         raise RuntimeError(f"export lost tensors: missing {missing}, unexpected {unexpected}")
-    # Tables of positions: `from_config` computes GPT-J's in `dtype`, a model read from files not.
+    # Position tables: `from_config` computes GPT-J's in `dtype`, `from_pretrained` does not.
     own = dict(small.named_buffers())
     for name, table in base.named_buffers():
         if name in own and own[name].shape == table.shape:

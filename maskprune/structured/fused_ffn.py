@@ -36,7 +36,7 @@ def fuse_ffn(mlp: nn.Module, activation: str, mask_getter: MaskGetter) -> Callab
         A function that restores the stock forward.
 
     Raises:
-        ValueError: not such an FFN, or another activation.
+        ValueError: an FFN of another structure or activation.
         RuntimeError: something else has replaced this instance's forward.
     """
     if reason := unfusable(mlp, activation):
@@ -56,7 +56,7 @@ def unfusable(mlp: nn.Module, activation: str) -> str | None:
     gated = hasattr(mlp, "gate_up_proj") or (hasattr(mlp, "gate_proj") and hasattr(mlp, "up_proj"))
     act = getattr(mlp, "act_fn", getattr(mlp, "activation_fn", None))
     if not (gated and hasattr(mlp, "down_proj") and callable(act)):
-        return f"{name} is no gated FFN with gate_proj, up_proj, down_proj and act_fn"
+        return f"{name} is not a gated FFN with gate_proj, up_proj, down_proj and act_fn"
     probe = torch.linspace(-4.0, 4.0, 33)
     ones = torch.ones_like(probe)
     if not torch.allclose(act(probe), reference(probe, ones, ones, activation), atol=1e-6):

@@ -1,4 +1,4 @@
-"""The mask parameters: attached to a model as forward pre-hooks, detached again.
+"""The mask parameters, and how they attach to a model and detach from it.
 
 `FFN(x) = (act(gate) * up * m_ffn) W_down` and `MHA(x) = sum over heads of m_head * head`, the
 printed forward of MaskPrune (arXiv 2502.14008, section 3.1). The gradient of a mask does not
@@ -44,14 +44,20 @@ MASKS_FILE = "masks.safetensors"
 class Masks(nn.Module):
     """The masks of a model, one contiguous float32 parameter per kind, so one launch serves all.
 
-    They stay float32 when the model is cast. A deep copy of a masked model has masks of its own,
-    its `maskprune`, and masked models pickle.
+    They stay float32 when the model is cast. A deep copy of a masked model has its own masks (its
+    submodule `maskprune`), and masked models can be pickled.
+
+    Args:
+        shape: of the dense model.
+        head_unit: `kv_group` or `query_head`.
+        family: the model type, a key of `FAMILIES`.
+        source: name or path of the model, for the masks file.
 
     Attributes:
         head: (L, G) for `kv_group`, (L * G, q) for `query_head`; (0, 0) where the family keeps its
             heads. In [0, 1], starting at 1.
         ffn: (L, F), likewise.
-        enabled: False makes the masked model the original again.
+        enabled: False lets the model compute without masks.
     """
 
     head: nn.Parameter
@@ -96,7 +102,7 @@ class Masks(nn.Module):
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
-        """The model without masks, for the time of the context: the teacher's forward."""
+        """Within the context the model computes without masks, as the teacher."""
         before, self.enabled = self.enabled, False
         try:
             yield
@@ -182,8 +188,8 @@ def load_masks(path: str | Path) -> Masks:
         masks = Masks(shape, meta["head_unit"], meta["family"], meta.get("source_model", ""))
     except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise ValueError(
-            f"{path}: its header does not say a known family, head unit and shape ({error!r}); "
-            "the file is damaged, take the one that `maskprune prune` wrote"
+            f"{path}: its header does not give a known family, head unit and shape ({error!r}); "
+            "the file is damaged, use the one that `maskprune prune` wrote"
         ) from None
     for name, value in tensors.items():
         parameter = getattr(masks, name)
@@ -197,10 +203,13 @@ def load_masks(path: str | Path) -> Masks:
 
 
 def require_same_model(masks: Masks, config: PreTrainedConfig, name: str) -> None:
-    """Refuse masks of another family or shape than the config's; `name` says whose it is.
+    """Refuse masks of another family or shape than the config's.
+
+    Args:
+        name: what the error calls the model.
 
     Raises:
-        ValueError: they are; says of which.
+        ValueError: the family or the shape differs.
     """
     shape, family = shape_of(config), family_of(config).model_type
     if masks.shape != shape or masks.family != family:
@@ -219,7 +228,7 @@ def attach_masks(
 ) -> Masks:
     """Put masks on every head and FFN unit of a model of a known family.
 
-    With all masks 1 the logits stay those of the original, bit for bit in float32. Attach after
+    With all masks at 1 the logits equal the original's, bit for bit in float32. Attach after
     `get_peft_model`, else the adapter's path would not be masked, and before `torch.compile`, else
     the compiled forward would not see them.
 
@@ -282,15 +291,15 @@ def _attach_layer(
     module = ffn_output(layer, family)
     masks._hooked.append((module, partial(ffn_output, layer, family)))
     mlp = get_submodule(layer, family.ffn)
-    # Unasked, an FFN that something else has patched keeps the hook; asked, it is refused.
+    # An FFN that cannot be fused keeps the hook, or is refused where `fused=True` asked for it.
     if fuse and (required or not unfusable(mlp, family.activation)):
         undo.append(fuse_ffn(mlp, family.activation, partial(_ffn_mask, masks, index)))
     else:
         undo.append(module.register_forward_pre_hook(partial(_scale_units, masks, index)).remove)
 
 
-# Partials of these over the masks, not closures: a deep copy of the model then finds its own
-# masks, and the model pickles.
+# Bound to the masks with `partial`, not as closures, so that a deep copy of the model uses its own
+# masks and the model can be pickled.
 def _ffn_mask(masks: Masks, layer: int) -> torch.Tensor | None:
     return masks.ffn[layer] if masks.enabled else None
 

@@ -37,13 +37,13 @@ class Minimax:
         total_steps: T, the number of `step()` calls to come; the rates scale with it.
         mode: `minimax` learns the split between heads and FFN; `scheduled` lowers the budget
             linearly with equal fractions of both.
-        reach: share of T after which the budget is reached, about; the rest is recovery.
+        reach: share of T by which the budget is about reached; the rest is recovery.
         eta1: decay rate of the first step, independent of the masks' learning rate; a prox call
             divides the pruned masks by 1 + 2 eta1 y, and eta1 rises geometrically to 10. None
             decays a mask by about e^-20 within the ramp, 0.01 to 0.5.
         interval: k, steps between two prox calls on FFN masks, falling linearly to 1; None takes
             10, the paper's, and less below 2000 steps.
-        lock_gap: the share of the sparsity that may be missing when the shape snaps and locks.
+        lock_gap: the shape becomes final once at most this share of the sparsity is missing.
         backend: of `ops.minimax_step_`.
 
     Raises:
@@ -107,21 +107,21 @@ class Minimax:
             reach=reach,
             interval=interval or max(1, min(10, total_steps // 200)),
             lock_gap=lock_gap,
-            # A split by hand is where both kinds go from the first step on, in either mode.
+            # A split by hand is the target from the first step on, in either mode.
             scheduled=mode == "scheduled" or budget.by_hand,
             to_head=to_head,
             to_ffn=to_ffn,
         )
         self.state = initial_state(y0=1.0, z0=0.0, device=device)
         self.table = budget.table(device)
-        # The version of a mask after the last step: it stays where no optimizer writes the mask.
+        # The FFN masks' tensor version after the last step, raised by any write; None once warned.
         self._left_at: int | None = -1
 
     def step(self) -> None:
         """Clamp and shrink the masks, move r, y and z; after `optimizer.step()`.
 
         Raises:
-            RuntimeError: nothing trains the masks, so that units would go in index order.
+            RuntimeError: the masks are not trained, so units would be pruned in index order.
         """
         if not self.masks.ffn.requires_grad:
             self.require_trained(())
@@ -143,24 +143,25 @@ class Minimax:
             self._left_at = self.masks.ffn._version
 
     def require_trained(self, parameters: Iterable[torch.Tensor]) -> None:
-        """Refuse to choose units by masks that are not among an optimizer's `parameters`.
+        """Refuse masks that are not among an optimizer's `parameters`, unless the shape is final.
 
-        Without effect when the shape is final; synchronises with the device where it is not.
+        Synchronises with the device if they are not.
 
         Raises:
-            RuntimeError: says what to do.
+            RuntimeError: units would be pruned in index order.
         """
         trained = {id(p) for p in parameters if p.requires_grad}
         masks = [m for m in (self.masks.head, self.masks.ffn) if m.numel()]
         if all(id(m) in trained for m in masks) or self.locked:
             return
         raise RuntimeError(
-            "the masks are not trained, so units would go in index order; give the optimizer "
-            "masks.parameters(), with requires_grad, or set the masks and call solver.lock(split)"
+            "the masks are not trained, so units would be pruned in index order; give the "
+            "optimizer masks.parameters(), with requires_grad, or set the masks and call "
+            "solver.lock(split)"
         )
 
     def lock(self, split: Split) -> None:
-        """Take `split` for the final shape now; from here on only its masks shrink."""
+        """Make `split` final now; from here on only the masks that it prunes shrink."""
         r_head, r_ffn = self.budget.fractions(split)
         values = {
             "locked": 1.0,
@@ -187,7 +188,7 @@ class Minimax:
         """Raise if a step met NaN masks; synchronises with the device.
 
         Raises:
-            RuntimeError: says at which step.
+            RuntimeError: it did; names the step.
         """
         now = self.read()
         if now["failed"]:
@@ -225,7 +226,7 @@ class Minimax:
 
     @torch.no_grad()
     def kept(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The masks of heads and FFN units as they are, the final split's least ones at 0.
+        """Copies of the head and FFN masks, with the units that the final split prunes at 0.
 
         Raises:
             RuntimeError: the budget is not reached.
@@ -233,7 +234,7 @@ class Minimax:
         split = self.split()
         out = []
         for m, s in ((self.masks.head, split.head), (self.masks.ffn, split.ffn)):
-            # A kept mask that training drove to 0 would change the count; the least float
+            # A kept mask that training drove to 0 would change the count; the smallest float
             # keeps the unit without changing the function.
             final = m.clamp(min=torch.finfo(torch.float32).tiny)
             if m.numel():
@@ -245,9 +246,11 @@ class Minimax:
     def settle(self) -> dict[str, float]:
         """Once the shape is final: pruned masks to exactly 0, kept masks to exactly 1.
 
-        What is left to learn is then the weights' alone; returns what was left of the pruned
-        masks before. Kept masks below 1 are what noise and the start left of them in a short run,
-        and a scale that the weights can learn as well.
+        From then on only the weights learn. In a short run a kept mask below 1 comes from its
+        start and from noise, and the weights can learn such a scale themselves.
+
+        Returns:
+            `residuals()` from before.
 
         Raises:
             RuntimeError: the budget is not reached, or the masks are NaN.
@@ -260,7 +263,7 @@ class Minimax:
 
     @torch.no_grad()
     def finish(self) -> dict[str, float]:
-        """Set the pruned masks to exactly 0; returns what was left of them before.
+        """Set the pruned masks to exactly 0; returns `residuals()` from before.
 
         Raises:
             RuntimeError: the budget is not reached, or the masks are NaN.

@@ -1,4 +1,4 @@
-"""The shape to come and what it costs, from config.json alone; and what engines make of it."""
+"""The shapes that meet a budget, their cost, and what engines do with them; from a config alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TARGETS = (*ENGINES, *ALIASES, "awq128", "gptq128", "fp8", "tp=N")
 
 @dataclass(frozen=True)
 class Cost:
-    """What a config of some shape costs; bytes at the config's dtype."""
+    """Size, memory and compute of a stock config; bytes at the config's dtype."""
 
     shape: Shape
     model_type: str
@@ -44,7 +44,7 @@ def cost(config: PreTrainedConfig) -> Cost:
     dtype = getattr(config, "dtype", None) or torch.float32
     size = (getattr(torch, dtype) if isinstance(dtype, str) else dtype).itemsize
     parameters = sum(p.numel() for p in model.parameters())
-    # Two per weight that a token passes: the blocks' matrices and the LM head, not the embedding.
+    # Two a weight that multiplies a token: the blocks' matrices and the LM head, not the embedding.
     text = text_config(config)
     through = shape.layers * layer_weights(config, shape) + text.vocab_size * text.hidden_size
     return Cost(
@@ -72,7 +72,7 @@ def tp_sizes(shape: Shape, largest: int = 64) -> list[int]:
 def lint(shape: Shape, targets: str | None, before: Shape | None = None) -> list[str]:
     """What is misaligned for `targets`, a comma-separated list of TARGETS.
 
-    A misalignment that the dense model (`before`) has already says so.
+    A note says so where the dense model (`before`) was misaligned already.
 
     Raises:
         ValueError: an unknown target.
@@ -85,7 +85,7 @@ def lint(shape: Shape, targets: str | None, before: Shape | None = None) -> list
                 raise ValueError(f"target {name!r}; expected tp=N with N at least 1, like tp=4")
             tp = int(name[3:])
         elif name not in TARGETS:
-            raise ValueError(f"target {name!r} is unknown; expected of {', '.join(TARGETS)}")
+            raise ValueError(f"target {name!r} is unknown; expected one of {', '.join(TARGETS)}")
     rules: list[tuple[str, str, Callable[[Shape], int], int]] = []
 
     def rule(target: str, what: str, value: Callable[[Shape], int], multiple: int) -> None:
@@ -123,13 +123,13 @@ def lint(shape: Shape, targets: str | None, before: Shape | None = None) -> list
 def engine_notes(config: PreTrainedConfig, targets: str | None) -> list[str]:
     """What each engine among `targets` does with a checkpoint of `config`, one line each."""
     names = [engine_name(target.strip()) for target in (targets or "").split(",")]
-    found = [verdict(config, name) for name in dict.fromkeys(names) if name]
-    return [str(one) for one in found if one]
+    verdicts = [verdict(config, name) for name in dict.fromkeys(names) if name]
+    return [str(one) for one in verdicts if one]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The dense cost, and of each legal shape its split, cost, class and notes for the targets."""
+    """The dense cost, and for each legal shape its split, cost, class and notes on the targets."""
 
     dense: Cost
     budget: Budget

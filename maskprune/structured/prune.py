@@ -1,4 +1,4 @@
-"""The loop: Algorithm 1 on the Hugging Face Trainer, with checkpoints that resume to the bit."""
+"""Pruning with the Hugging Face Trainer; a run resumes from its checkpoints bit for bit."""
 
 from __future__ import annotations
 
@@ -70,11 +70,11 @@ logger = logging.getLogger(__name__)
 
 
 AT_ONCE = (
-    "units go at once, the least salient ones, and every step trains those that stay: learned "
+    "the least salient units are removed at once, and every step trains the rest: learned "
     "masks chose no better in any run so far (docs/experiments.md); --method maskprune learns them"
 )
 
-# Share of the run over which the adapters' rate rises again after the masks settled.
+# Share of the run over which the adapters' learning rate rises again after the masks settled.
 SETTLED_WARMUP = 0.05
 
 
@@ -82,11 +82,16 @@ SETTLED_WARMUP = 0.05
 class PruneResult:
     """What `prune` gives back.
 
-    model: the stock pruned model; None where no process holds all of it (`--shard full`), then
-    `export_checkpoint` makes it from masks and adapter. masks: attached to `masked_model`, pruned
-    units exactly 0. shape: the uniform shape. trace: a row per logged step. residuals: largest
-    pruned mask before it was set to 0, per kind. masked_model: the PEFT model under its masks, for
-    the proof.
+    Attributes:
+        model: the stock pruned model; None where no process holds all of it (`--shard full`):
+            `export_checkpoint` then makes it from masks and adapter.
+        masks: attached to `masked_model`, pruned units exactly 0.
+        shape: the uniform shape.
+        trace: a row per logged step.
+        residuals: largest pruned mask before it was set to 0, per kind.
+        masked_model: the PEFT model under its masks, for the proof.
+        budget: the budget that the shape meets.
+        steps: optimizer steps of the whole run.
     """
 
     model: Any
@@ -119,9 +124,9 @@ class PruneTrainer(BlockTrainer):
         self.settled_at: int | None = None
 
     def steps_settled(self, step: int) -> int | None:
-        """Steps since the masks settled, by step `step`; None before, or where they never do.
+        """Steps from the settling of the masks to `step`; None if they have not settled.
 
-        Synchronises with the device until then.
+        Synchronises with the device until they have.
         """
         if not settles(self.config):
             return None
@@ -154,7 +159,7 @@ class PruneTrainer(BlockTrainer):
         if self.lr_scheduler is None:
             T, warmup = num_training_steps, max(1, round(self.config.warmup * num_training_steps))
 
-            # New output adapters and the moments that were set back want another warm-up.
+            # Output adapters that start anew, with their moments at 0, need another warm-up.
             again = max(1, round(SETTLED_WARMUP * T))
 
             def weights(step: int) -> float:
@@ -164,7 +169,7 @@ class PruneTrainer(BlockTrainer):
 
             ramp = self.solver.rates.reach
 
-            # At full rate while the solver chooses; then they are final, or fall with the steps.
+            # Full rate while the solver chooses; then 0 where masks settle, else a linear decay.
             def masks(step: int) -> float:
                 if self.steps_settled(step) is not None:
                     return 0.0
@@ -217,7 +222,7 @@ class PruneTrainer(BlockTrainer):
         }
 
     def save_whole(self, folder: Path) -> None:
-        """Masks and solver, which no run shards."""
+        """Save masks and solver, which are never sharded."""
         save_solver(folder, dict(self.masks.named_parameters()), self.solver.state_dict())
 
     def _load_from_checkpoint(
@@ -237,12 +242,12 @@ class PruneTrainer(BlockTrainer):
 
 
 def settles(config: PruneConfig) -> bool:
-    """Whether masks become 0 and 1 when the shape is final; else they train on, as the paper's."""
+    """Whether masks are set to 0 and 1 once the shape is final; in the paper they train on."""
     return config.chooser == "maskprune" and config.compensate
 
 
 def first_masks(run: Path, masks: Masks) -> dict[str, torch.Tensor]:
-    """The masks of step 0, which a resumed run finds in its folder."""
+    """The masks of step 0 by kind; kept in the run folder for a resumed run."""
     path = run / "first_masks.safetensors"
     if not path.is_file():
         masks.save(path)
@@ -263,10 +268,10 @@ def _solver(masks: Masks, budget: Budget, steps: int, config: PruneConfig) -> Mi
 
 
 def require_reachable(budget: Budget, steps: int, config: PruneConfig) -> None:
-    """Refuse a short cold run whose schedule ends before its budget.
+    """Refuse a short run without warm start that would end before it meets the budget.
 
-    The solver is run to the end on masks that no loss moves, which takes less than a second. Runs
-    of more than 500 steps have prox calls to spare, and warm ones begin near the budget.
+    Runs the solver to the end without a loss, which takes less than a second. Runs of more than
+    500 steps have prox calls to spare, and a warm start begins near the budget.
 
     Raises:
         ValueError: the budget is not reached; says what to change.
@@ -309,14 +314,14 @@ def prune(
         run_dir: where checkpoints and the trace go; a temporary folder where None.
         resume: continue from the newest whole checkpoint in `run_dir`.
         quiet: show no progress.
-        callbacks: more of Trainer's, called after those of the method.
+        callbacks: further Trainer callbacks, called after the method's own.
 
     Returns:
         PruneResult; its model's layers are uniform and meet the budget.
 
     Raises:
-        ValueError: settings or data that cannot work, said before any training.
-        FloatingPointError: the loss diverged; says at which step, checkpoints stay.
+        ValueError: settings or data that cannot work, before any training.
+        FloatingPointError: the loss diverged; names the step. The checkpoints remain.
 
     Source: MaskPrune (arXiv 2502.14008), Algorithm 1 and section 3.3.
     """
@@ -371,7 +376,7 @@ def prune(
     masks = attach_masks(peft_model, config.head_unit)
     learned = config.chooser == "maskprune"
     masks.requires_grad_(learned)
-    # A family that keeps its heads has no head masks, and DDP waits for no gradient of them.
+    # DDP must not wait for gradients of head masks in a family that keeps its heads.
     masks.head.requires_grad_(learned and masks.head.numel() > 0)
     if sharded:
         shard_blocks(peft_model, device)
@@ -458,7 +463,7 @@ def prune(
 
 
 def _outside_language_model(model: PreTrainedModel, family: Family) -> str | None:
-    """A pattern of the modules around the language model of a multimodal model, which text never
+    """A pattern of a multimodal model's modules outside its language model, which text never
     reaches; None for a language model."""
     if text_config(model.config) is model.config:
         return None

@@ -40,7 +40,10 @@ def _outputs(layer: nn.Module, family: Family) -> dict[str, nn.Module]:
 
 
 class Observer:
-    """Hooks that show, for each layer, the inputs of W_O and W_down and their gradients."""
+    """Hooks that call see(kind, layer, module, x, g) with each input x of W_O and W_down.
+
+    g is the gradient of x, in the backward pass; None where gradients are off.
+    """
 
     def __init__(self, model: nn.Module, family: Family, see: Callable[..., None]) -> None:
         self.handles = []
@@ -58,7 +61,7 @@ class Observer:
                 return None
             if not x.requires_grad:
                 x = x.detach().requires_grad_()
-            # A hook that held x itself, its own owner, would keep it alive: no collector sees that.
+            # A hook that held x itself would never be freed: no collector sees that cycle.
             value = x.detach()
             x.register_hook(lambda g: see(kind, index, module, value, g))
             return (x, *args[1:])
@@ -80,7 +83,10 @@ TOKENS_AT_ONCE = 512
 def batches(
     blocks: torch.Tensor, progress: Report | None = None, earlier: int = 0, passes: int = 1
 ) -> Iterator[torch.Tensor]:
-    """This rank's share of `blocks` (n, T), about `TOKENS_AT_ONCE` tokens at once."""
+    """This rank's share of `blocks` (n, T), about `TOKENS_AT_ONCE` tokens at once.
+
+    For the progress, `earlier` of `passes` passes over the blocks are done.
+    """
     parts = own_batches(blocks, max(1, TOKENS_AT_ONCE // blocks.shape[1]))
     for done, ids in enumerate(parts, start=1 + earlier * len(parts)):
         yield ids
@@ -109,7 +115,7 @@ def taylor(
 
     Args:
         blocks: (n, T) token ids on the model's device.
-        progress: called with the batches done and of how many.
+        progress: called with (batches done, batches in all).
         seed: of the labels drawn with `per_sequence`.
 
     Returns:
@@ -137,7 +143,7 @@ def taylor(
     generator = torch.Generator(device).manual_seed(seed)
     training = model.training
     trained = [p for p in model.parameters() if p.requires_grad]
-    # FSDP2 does not follow such a change.
+    # FSDP2 does not support a later change of requires_grad.
     frozen = [] if is_sharded(model) else trained
     for p in frozen:
         p.requires_grad_(False)
@@ -232,9 +238,9 @@ def start_masks(
 ) -> None:
     """Set each mask to low + (1 - low) * min(1, g / (candidates * sparsity)).
 
-    g is the unit's place in the order of saliency per weight freed, as a share of all prunable
-    weights: of both kinds together if the saliencies compare (`across_kinds`), else of its own.
-    Rows are added up by rank first, since every row loses the same number. So the cheapest units
+    g is the unit's place in the order of saliency per weight freed, as a share of the prunable
+    weights: of both kinds if their saliencies are comparable (`across_kinds`), else of its own.
+    Rows are summed by rank first, since every row loses the same number. So the least salient units
     start lowest, units far from the budget start at exactly 1 and leave the model as it is, and
     the price m^2_next that the solver compares between heads and FFN means the same in both.
 
@@ -279,7 +285,7 @@ def nearest_equal(budget: Budget) -> Split:
 def cheapest(masks: Masks, budget: Budget, saliency: Saliency) -> Split:
     """The legal split whose least salient units add up to the least saliency over all rows.
 
-    For saliencies that compare between heads and FFN.
+    For saliencies that are comparable between heads and FFN.
     """
     kinds = (unit_saliency(saliency[0], masks), saliency[1])
     lost = [functional.pad(rho.sort(dim=1).values.cumsum(1).sum(0), (1, 0)) for rho in kinds]
@@ -298,9 +304,8 @@ def one_shot(
 ) -> Split:
     """Set the least salient units of every row to 0 and all others to 1; returns the split.
 
-    With the adapters' training after it, this is what a learned method has to beat: `taylor` in
-    its `cheapest` split, or, in the split nearest to equal fractions of both kinds, `wanda-sp` and
-    `random` from torch's own generator, which reads no text.
+    `taylor` takes its `cheapest` split; `wanda-sp` and `random` (torch's own generator, no text)
+    take the split nearest to equal fractions of both kinds.
     """
     if kind == "random":
         shape = masks.shape
@@ -326,7 +331,7 @@ def warm_start(
     blocks: torch.Tensor,
     progress: Report | None = None,
 ) -> None:
-    """Start the masks from `kind`: none, wanda-sp or taylor.
+    """Set the masks to start from: `none` leaves them at 1, else `wanda-sp` or `taylor`.
 
     Raises:
         ValueError: an unknown kind.

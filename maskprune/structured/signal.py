@@ -1,4 +1,4 @@
-"""Whether masks learn: what they changed of the ranking they began with, and what drives them."""
+"""Whether masks learn: how far they left their first ranking, and their gradients' noise."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ KINDS = ("head", "ffn")
 
 
 class MaskSignal:
-    """Compares the choice of now with that of the first masks, and gradients with their noise.
+    """Compares the present choice with that of the first masks, and gradients with their noise.
 
     Args:
         masks: in training.
-        start: (rows, units) per kind, the masks of step 0; among equal ones the lower index is the
-            first to go.
+        start: (rows, units) per kind, the masks of step 0; of equal masks the lower index is
+            pruned first.
     """
 
     def __init__(self, masks: Masks, start: dict[str, torch.Tensor]) -> None:
@@ -33,7 +33,7 @@ class MaskSignal:
 
     @torch.no_grad()
     def add_gradients(self) -> None:
-        """Count in the gradients of this step, without a host synchronisation."""
+        """Add this step's gradients, without a host synchronisation."""
         gradients = {k: getattr(self.masks, k).grad for k in KINDS}
         self.count += 1
         for k, g in gradients.items():
@@ -43,7 +43,7 @@ class MaskSignal:
 
     @torch.no_grad()
     def row(self, solver: Minimax) -> dict[str, float]:
-        """For the trace, per kind; begins a new count of gradients.
+        """Fields of a trace row, per kind; starts the sums of gradients again.
 
         `moved_*`: share of the units pruned by now that the first masks would have kept, had they
         pruned as many. `moved_rank_*`: how far those stood from the first masks' cut on average,

@@ -1,4 +1,4 @@
-"""Learnable 2:4 masks on the linears of a model: their logits, the sample of a forward, the choice.
+"""Learnable 2:4 masks on a model's linears: their logits, the samples drawn, the final choice.
 
 Legend: W (O, I) weight - pi (6, O, I / 4) logits, a plane per candidate - M0 prior mask -
 kappa scale of the logits, tau temperature (MaskLLM, arXiv 2409.17481, section 3.2).
@@ -33,15 +33,14 @@ class _Masked(nn.Module):
         super().__init__()
         self.logits = nn.Parameter(logits)
         self.seed, self.turned = seed, turned
-        # In a tuple, so that it does not become a submodule of its own part.
-        self.owner = (owner,)
+        self.owner = owner
 
     def __getstate__(self) -> dict[str, object]:
         # The norm of the last forward belongs to its graph, which cannot be copied.
         return {name: value for name, value in vars(self).items() if name != "norm_sq"}
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        owner = self.owner[0]
+        owner = self.owner
         if owner.mode == "off":
             return weight
         W = weight.T if self.turned else weight
@@ -94,7 +93,7 @@ class TwoFourMasks:
         self.tau.fill_(tau)
 
     def draw(self, number: int) -> None:
-        """Choose the noise of the samples to come; each forward of a run takes a new number."""
+        """Choose the noise of the samples to come; each forward of a run needs a new number."""
         torch.add(self._streams, number % 2**32, out=self._seeds)
 
     @contextlib.contextmanager
@@ -114,7 +113,7 @@ class TwoFourMasks:
     def kept_norms(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(sum over weights of ||W m||, sum of ||W m||^2) of the last forward; 0-dim float32."""
         squares = torch.stack([part.norm_sq for _, part in self._parts()])
-        # The root has no slope at 0, where a weight is all zeros.
+        # The gradient of sqrt is infinite at 0, where a weight is all zeros.
         norms = torch.where(squares > 0, squares, 1.0).sqrt() * (squares > 0)
         return norms.sum(), squares.sum()
 
@@ -131,7 +130,8 @@ class TwoFourMasks:
     def choice(self) -> dict[str, torch.Tensor]:
         """The masks: of each group the candidate of the largest logit; (O, I) bool by name.
 
-        Of sharded logits every process calls it, and rank 0 has them, on the CPU; others nothing.
+        With sharded logits every process must call it; rank 0 gets the masks, on the CPU, the
+        others an empty dict.
         """
         chosen = {}
         for name, part in self._parts():
@@ -148,7 +148,7 @@ class TwoFourMasks:
 
         Returns:
             max_prob: mean over groups of the largest of softmax(kappa pi / tau).
-            changed: share of groups whose choice is not that of the last call; 0 at the first.
+            changed: share of groups whose choice differs from the last call's; 0 at the first.
         """
         totals = torch.zeros(3, dtype=torch.float64, device=self.kappa.device)
         for name, part in self._parts():
@@ -164,7 +164,7 @@ class TwoFourMasks:
         return {"max_prob": total / max(groups, 1), "changed": changed / max(groups, 1)}
 
     def detach(self) -> None:
-        """Take the masks off; the model is as it was."""
+        """Remove the masks and restore the model."""
         for module in self.modules.values():
             if parametrize.is_parametrized(module, "weight"):
                 parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
@@ -183,7 +183,7 @@ def start_logits(
 ) -> torch.Tensor:
     """pi ~ N(0, std^2), plus strength * std(pi) * (<M0, candidate> - 1) with a prior M0.
 
-    The overlap <M0, candidate> is 0, 1 or 2, in the mean 1. A prior does not decide the choice:
+    The overlap <M0, candidate> is 0, 1 or 2, on average 1. A prior does not decide the choice:
     with strength 3 about one group in twenty starts with another candidate.
 
     Args:
@@ -247,11 +247,11 @@ def attach_two_four(
         raise RuntimeError("the model has 2:4 masks already; call their detach() first")
     shapes = {name: tuple(oriented(m).shape) for name, m in masks.modules.items()}
     if prior is not None:
-        found = {name: tuple(mask.shape) for name, mask in prior.items()}
-        if found != shapes:
-            name = next(n for n in [*shapes, *found] if shapes.get(n) != found.get(n))
+        given = {name: tuple(mask.shape) for name, mask in prior.items()}
+        if given != shapes:
+            name = next(n for n in [*shapes, *given] if shapes.get(n) != given.get(n))
             raise ValueError(
-                f"the prior has {found.get(name, 'nothing')} for {name}, the model "
+                f"the prior has {given.get(name, 'nothing')} for {name}, the model "
                 f"{shapes.get(name, 'no such weight')}; use masks that were made on this model"
             )
     generator = torch.Generator().manual_seed(seed)

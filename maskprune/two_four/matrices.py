@@ -54,7 +54,7 @@ def wanda_scores(W: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
 
     Args:
         W: (O, I) weight.
-        norm: (I,) float32, ||X_j||_2 up to one factor for all j.
+        norm: (I,) float32, ||X_j||_2 up to a factor common to all j.
 
     Source: Wanda, section 3.
     """
@@ -65,11 +65,12 @@ def wanda_scores(W: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
 def inverse_factor(H: torch.Tensor, damping: float = DAMPING) -> tuple[torch.Tensor, torch.Tensor]:
     """U, upper with U^T U = (H + damping mean(diag H) I)^-1, and the dead inputs, H_jj = 0.
 
-    A dead input has H_jj = 1 in this. Where rounding leaves no positive definite matrix, the
-    damping is made ten times larger, a few times.
+    A dead input counts as H_jj = 1. Where rounding leaves no positive definite matrix, the damping
+    grows tenfold, at most `DAMPING_TRIES` - 1 times.
 
     Args:
-        H: (I, I).
+        H: (I, I), 2/n X X^T.
+        damping: in units of the mean of H's diagonal.
 
     Returns:
         U (I, I) in float32, or in float64 if H is; dead (I,) bool.
@@ -110,8 +111,8 @@ def sparsegpt(
     """The 2:4 matrix near W by SparseGPT: (W_hat - W) X is small, column by column.
 
     From left to right; every 4 columns the 2 largest w^2 / d^2 of each row are kept, then each
-    column's error e = (w - q) / d goes into those right of it, W -= e U. Without `update` neither
-    happens to W and the scores are those of the weights as they are.
+    column's error e = (w - q) / d goes into those right of it, W -= e U. Without `update` no error
+    is passed on, and the scores are those of the given weights.
 
     Args:
         W: (O, I) weight, any float dtype; left as it is. 4 divides I.
@@ -150,7 +151,7 @@ def prune_columns(
         scaled = W / d
         m = hard_mask(scaled.square())
         return W.masked_fill(~m, 0.0), m, scaled.masked_fill(m, 0.0).square().sum() / 2
-    # A column of W in one run of memory: each step reads and writes the columns from j on.
+    # Transposed, so that a column of W is contiguous: step j reads and writes columns from j on.
     w = W.T.contiguous()
     kept = torch.zeros_like(w, dtype=torch.bool)
     loss = w.new_zeros(())

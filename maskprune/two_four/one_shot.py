@@ -1,8 +1,8 @@
 """2:4 masks in one pass over calibration text: magnitude, Wanda and SparseGPT.
 
-Wanda (arXiv 2306.11695) and SparseGPT (arXiv 2301.00774) go block by block, each block from what
-the pruned blocks before it put out. Letters: W (O, I) weight, X (I, tokens) its inputs over n
-sequences.
+Wanda (arXiv 2306.11695) and SparseGPT (arXiv 2301.00774) go block by block, each block reading
+the outputs of the pruned blocks before it. Letters: W (O, I) weight, X (I, tokens) its inputs over
+n sequences.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from maskprune.two_four.matrices import (
 )
 from maskprune.two_four.patterns import Linear, hard_mask, oriented, prunable
 
-# What a block's activations and attention scores take grows with it.
+# The memory of a block's activations and attention scores grows with it.
 TOKENS_AT_ONCE = 2048
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -45,18 +45,17 @@ def one_shot_masks(
 ) -> dict[str, torch.Tensor]:
     """A 2:4 mask for every prunable linear: magnitude |W|, Wanda |W_ij| ||X_j||, or SparseGPT.
 
-    Block by block, as both papers do: the inputs of all linears of a block are seen with the
-    block's weights as they are, then all are pruned, and what the pruned block puts out is what
-    the next one reads. Adapters that are active take part in the forward; the base layers are
-    pruned. Under torch.distributed all ranks pass the same blocks, and each reads its share of
-    them. Holds the hidden states of all tokens and the statistics of one block.
+    Block by block, as both papers do: the inputs of a block's linears are observed while the block
+    is dense, then all of them are pruned, and the next block reads the pruned block's output.
+    Active adapters take part in the forward; the base layers are pruned. Under torch.distributed
+    all ranks pass the same blocks, and each reads its share of them. In memory are the hidden states of all tokens and the statistics of one block.
 
     Args:
         model: transformers causal LM of a known family, or a PEFT model around one.
         method: sparsegpt, wanda or magnitude.
         blocks: (n, T) int64 token ids on the CPU or the model's device; magnitude needs none.
         update: SparseGPT only: also write the updated weights W_hat.
-        progress: called with the blocks done and of how many, after each; magnitude does not.
+        progress: called after each block with (blocks done, blocks in all); not by magnitude.
 
     Returns:
         (O, I) bool by the names of `prunable(model)`, on the model's device, exactly 2 of every 4
@@ -87,7 +86,7 @@ def one_shot_masks(
             with _restored(own, keep=update):
                 for names, total in groups:
                     masks |= _prune(method, {n: own[n] for n in names}, total, len(blocks), update)
-                # Nobody reads what the last block puts out.
+                # Nothing reads the last block's output.
                 if layer is not layers[-1]:
                     run(True)
             del groups
@@ -112,7 +111,7 @@ def _require(method: str, blocks: torch.Tensor | None, update: bool) -> None:
 def _prune(
     method: str, linears: dict[str, Linear], total: torch.Tensor, n: int, update: bool
 ) -> dict[str, torch.Tensor]:
-    """Prune linears that read the same inputs, in place; their masks."""
+    """Prune linears that read the same inputs, in place; returns their masks."""
     masks = {}
     with _named(next(iter(linears))):
         factor = inverse_factor(2 / n * total) if method == "sparsegpt" else None
@@ -132,8 +131,7 @@ def _prune(
 def _statistics(
     linears: dict[str, Linear], run: Callable[[bool], None], blocks: torch.Tensor, gram: bool
 ) -> list[Group]:
-    """Sums over all tokens, on every rank, of what each linear reads; one for those that read one
-    tensor."""
+    """The groups of linears, each with its sum over the tokens of all ranks."""
     owner: dict[str, str] = {}
     sums: dict[str, torch.Tensor] = {}
     last: tuple[Any, str] = (None, "")
@@ -172,13 +170,13 @@ def _statistics(
 
 
 class _Enough(Exception):
-    """The forward has reached the last block that was waited for."""
+    """Ends a forward once the last block that is needed has been reached."""
 
 
 def _first_inputs(
     model: Any, layers: Sequence[nn.Module], blocks: torch.Tensor
 ) -> tuple[list[torch.Tensor], dict[int, list[Call]]]:
-    """Each micro-batch's input of block 0, and what else each block is given, by batch size."""
+    """Each micro-batch's input of block 0, and each block's other arguments, by batch size."""
     hidden: list[torch.Tensor] = []
     calls: dict[int, list[Call]] = {}
     seen: list[Call] = []
@@ -202,7 +200,7 @@ def _first_inputs(
     try:
         for ids in blocks.split(max(1, TOKENS_AT_ONCE // blocks.shape[1])):
             seen = []
-            # Masks and positions depend on the shape alone, so a shape is walked through once.
+            # The other arguments depend on the batch's shape alone: one full pass a shape is enough.
             wanted = 1 if len(ids) in calls else len(layers)
             with contextlib.suppress(_Enough):
                 base(input_ids=ids.to(next(base.parameters()).device), use_cache=False)
@@ -234,7 +232,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     device = next(model.parameters()).device.type
     try:
         model.eval()
-        # Autocast would go on using the copies that it made of weights before they were pruned.
+        # Autocast would keep using copies that it cast before the weights were pruned.
         with torch.autocast(device, enabled=False), full_float32():
             yield
     finally:

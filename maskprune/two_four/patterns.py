@@ -48,7 +48,7 @@ def prunable(model: nn.Module) -> dict[str, Linear]:
     """
     base = stock_model(model)
     family = family_of(base.config)
-    found = {}
+    linears = {}
     for index, layer in enumerate(layers_of(base)):
         for path in linear_names(layer, family):
             name = f"{family.layers}.{index}.{path}"
@@ -65,8 +65,8 @@ def prunable(model: nn.Module) -> dict[str, Linear]:
                     f"{name} has {width} inputs; expected a multiple of 4; this model has no 2:4 "
                     "pattern"
                 )
-            found[name] = module
-    return found
+            linears[name] = module
+    return linears
 
 
 def oriented(module: Linear) -> torch.Tensor:
@@ -75,7 +75,7 @@ def oriented(module: Linear) -> torch.Tensor:
 
 
 def hard_mask(scores: torch.Tensor) -> torch.Tensor:
-    """Keep the 2 largest scores of every 4 along the input; of equals, those that come first.
+    """Keep the 2 largest scores of every 4 along the input; of equal scores the first.
 
     Args:
         scores: (O, I), any real dtype, infinities allowed.
@@ -99,14 +99,14 @@ def hard_mask(scores: torch.Tensor) -> torch.Tensor:
 
 
 def is_two_four(weight: torch.Tensor) -> bool:
-    """Whether every group of a (O, I) weight has at most 2 nonzeros; no if 4 does not divide I."""
+    """Whether every group of a (O, I) weight has at most 2 nonzeros; False unless 4 divides I."""
     if weight.shape[-1] % 4:
         return False
     return not bool((_groups(weight, "is_two_four").count_nonzero(-1) > 2).any())
 
 
 def candidate_of(mask: torch.Tensor) -> torch.Tensor:
-    """The row of `CANDIDATES` that each group of a mask is; inverse of `mask_of`.
+    """Which row of `CANDIDATES` each group of a mask is; the inverse of `mask_of`.
 
     Args:
         mask: (O, I) bool.
@@ -144,7 +144,7 @@ def pack(mask: torch.Tensor) -> torch.Tensor:
         mask: (O, I) bool, exactly 2 kept in each group.
 
     Returns:
-        (ceil(O I / 12),) uint8 below 216; what the last byte has no groups for is 0.
+        (ceil(O I / 12),) uint8 below 216; groups missing from the last byte count as 0.
 
     Raises:
         ValueError, TypeError: as `candidate_of`.
@@ -155,7 +155,7 @@ def pack(mask: torch.Tensor) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """The mask that `pack` made `packed` of.
+    """The inverse of `pack`.
 
     Args:
         packed: (B,) uint8.
@@ -266,7 +266,7 @@ def load_masks(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str
 
 
 def is_masks_file(path: str | Path) -> bool:
-    """Whether a file, or that of a folder, says of itself that `save_masks` wrote it.
+    """Whether the header of a file, or of a folder's masks file, says that `save_masks` wrote it.
 
     False where it cannot be read.
     """
@@ -336,7 +336,7 @@ def _read_shapes(text: str) -> dict[str, list[int]]:
     for shape in shapes.values():
         if not isinstance(shape, list) or len(shape) != 2:
             return {}
-        # Bounded, so that no file makes torch multiply past what a size can hold.
+        # Bounded, so that no file can overflow torch's sizes.
         if not all(type(size) is int and 0 <= size < 2**31 for size in shape):
             return {}
     return shapes

@@ -1,4 +1,4 @@
-"""Learning 2:4 masks on the Hugging Face Trainer: MaskLLM's loop, and the one-shot ways beside it.
+"""Learning 2:4 masks on the Hugging Face Trainer: MaskLLM's loop, and the one-shot methods.
 
 Legend: W weight - m soft mask of a step - kappa, tau scale and temperature - t step of T.
 """
@@ -65,7 +65,7 @@ from maskprune.two_four.one_shot import one_shot_masks
 from maskprune.two_four.patterns import CANDIDATES, apply_masks, load_masks, oriented, prunable
 
 LOGITS_FILE = "logits.safetensors"
-# From 1.5 times the noise a step on (kappa 100), the samples of a short run broke the model.
+# Rates that move a logit by 1.5 times the noise in one step (at kappa 100) broke short runs.
 MAX_RATE = 5e-3
 REGULARISER_WEIGHTS = {"relative": 1500.0, "sum": 1e-5}
 
@@ -74,12 +74,15 @@ REGULARISER_WEIGHTS = {"relative": 1500.0, "sum": 1e-5}
 class SparsifyResult:
     """What `sparsify` gives back.
 
-    model: the stock model that was given, masked-out weights set to +0.0. masks: (O, I) bool by
-    name of the linear. difference: of its logits and those of the model under the learned masks;
-    None for a one-shot method. trace: a row per logged step. steps: 0 for a one-shot method.
-
     Where no process holds all of the model (`--shard full`), it stays dense under its hard masks,
-    the masks are rank 0's, and the difference is None.
+    only rank 0 has masks, and the difference is None.
+
+    Attributes:
+        model: the given model, masked-out weights set to +0.0.
+        masks: (O, I) bool by name of the linear, True = kept.
+        difference: of its logits from those under the learned masks; None for a one-shot method.
+        trace: a row per logged step.
+        steps: optimizer steps of the whole run; 0 for a one-shot method.
     """
 
     model: PreTrainedModel
@@ -90,7 +93,7 @@ class SparsifyResult:
 
 
 class SparsifyTrainer(BlockTrainer):
-    """`Trainer` that learns the logits of 2:4 masks, and whose checkpoints hold nothing else."""
+    """`Trainer` that learns the logits of 2:4 masks, and whose checkpoints hold no weights."""
 
     def __init__(self, *args: Any, masks: TwoFourMasks, config: SparsifyConfig, **kw: Any):
         super().__init__(*args, **kw)
@@ -192,7 +195,7 @@ class SparsifyTrainer(BlockTrainer):
             load_trained(folder, self.core)
         else:
             self._load_logits(folder / LOGITS_FILE)
-        # What the next row's `changed` counts from.
+        # The choice that the next row's `changed` compares with.
         self.masks.statistics()
 
     def _load_logits(self, path: Path) -> None:
@@ -200,8 +203,8 @@ class SparsifyTrainer(BlockTrainer):
 
         own = self.masks.named_parameters()
         with safe_open(path, framework="pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-            if {name: tuple(p.shape) for name, p in own.items()} != found:
+            stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            if {name: tuple(p.shape) for name, p in own.items()} != stored:
                 raise ValueError(
                     f"{path.parent} holds logits of another model; resume with the model that the "
                     "run began with"
@@ -236,8 +239,8 @@ def sparsify(
         quiet: show no progress.
 
     Raises:
-        ValueError: settings, masks or data that cannot work, said before any training.
-        FloatingPointError: the loss diverged; says at which step, checkpoints stay.
+        ValueError: settings, masks or data that cannot work, before any training.
+        FloatingPointError: the loss diverged; names the step. The checkpoints remain.
 
     Source: MaskLLM, arXiv 2409.17481, sections 3.2 and 3.3; the rates are those of its code.
     """
@@ -333,10 +336,10 @@ def _learn(
 
 
 def require_even(model: PreTrainedModel) -> None:
-    """Refuse weights whose outputs the processes of a sharded run do not divide.
+    """Refuse a weight whose outputs cannot be shared evenly among the processes of a sharded run.
 
     Raises:
-        ValueError: names the first.
+        ValueError: names the first such weight.
     """
     for name, module in prunable(model).items():
         outputs = oriented(module).shape[0]
@@ -377,7 +380,7 @@ def choose_masks(
 
 
 def _progress_line(row: JsonObject) -> str:
-    """The fitted loss, the kept norm, how sure and how restless the masks are, tokens/s."""
+    """Loss on the text, kept norm, mean probability of the choice, share that changed, tokens/s."""
     return (
         f"loss {row['loss']:.3f} kept {row['kept_norm']:.3f} max p {row['max_prob']:.3f} "
         f"changed {row['changed']:.4f} {row['tokens_per_s']:.0f} tok/s"

@@ -91,5 +91,7 @@ def test_the_plan_says_what_every_target_does_with_each_shape():
     text = render(plan(SMOL, Budget(SMOL, 0.2, multiple_of=64), "ct2,gguf,vllm"))
     assert "ct2: loads (tried with CTranslate2" in text and "vllm: loads (tried" in text
     assert "llama.cpp: slower, K-quants take larger types for ffn_down (1" in text
-    with pytest.raises(ValueError, match="target 'tensorrt' is unknown; expected of vllm, llama"):
+    with pytest.raises(
+        ValueError, match="target 'tensorrt' is unknown; expected one of vllm, llama"
+    ):
         plan(SMOL, Budget(SMOL, 0.2), "tensorrt")

@@ -119,7 +119,7 @@ GOOD = {"a": entry(0, 8, [2]), "b": entry(8, 16, [1, 2])}
         ({"a": entry(0, 8, [2]), "b": entry(4, 12, [2])}, b"\0" * 12, None, "'b' overlaps 'a'"),
         ({"a": entry(0, 8, [2]), "b": entry(12, 20, [2])}, b"\0" * 20, None, "gap after 'a'"),
         (GOOD, b"\0" * 15, None, "promises 16 bytes of tensors, the file has 15: it is cut short"),
-        (GOOD, b"\0" * 17, None, "it has bytes too many"),
+        (GOOD, b"\0" * 17, None, "it has bytes beyond them"),
         ({"__metadata__": {"a": 1}}, b"", None, "__metadata__ is not an object of strings"),
         ({"__metadata__": 3}, b"", None, "__metadata__ is not an object of strings"),
         (

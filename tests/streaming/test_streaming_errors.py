@@ -235,7 +235,7 @@ def test_an_unknown_family_is_refused(tmp_path, refused):
     with refused("bloom"):
         stream(source, masks_file, tmp_path / "out")
     (source / "config.json").write_text("{")
-    with refused("is no readable JSON object"):
+    with refused("is not a readable JSON object"):
         stream(source, masks_file, tmp_path / "out")
 
 

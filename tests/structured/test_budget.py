@@ -72,7 +72,7 @@ def test_a_split_by_hand_is_taken_and_rounded_to_a_legal_one():
         (dict(sparsity=0.2, multiple_of=2000), "multiple_of is 2000; expected 1 up to"),
         (dict(head_sparsity=0.0, ffn_sparsity=0.0), "both 0"),
         (dict(head_sparsity=0.9, ffn_sparsity=0.1), "leave no legal shape; legal head"),
-        (dict(sparsity=0.5, ffn_sparsity=0.1), "less than the asked sparsity"),
+        (dict(sparsity=0.5, ffn_sparsity=0.1), "less than the requested sparsity"),
         (dict(sparsity=0.2, arch_fallback="x"), "arch_fallback is 'x'"),
     ],
 )
@@ -136,7 +136,7 @@ def test_tensor_parallel_sizes_and_lints():
         "gguf K-quants: heads x head size 576 is not a multiple of 256 (nor was the dense model's "
         "576)"
     ]
-    with pytest.raises(ValueError, match="target 'tensorrt' is unknown; expected of"):
+    with pytest.raises(ValueError, match="target 'tensorrt' is unknown; expected one of"):
         lint(shape, "tensorrt")
     with pytest.raises(ValueError, match="expected tp=N"):
         lint(shape, "tp=zero")

@@ -200,7 +200,7 @@ def test_refuses_what_it_would_compute_wrongly():
     mlp = layers_of(tiny_model("llama"))[0].mlp
     with pytest.raises(ValueError, match="is not gelu_tanh; use the hook: attach_masks"):
         fuse_ffn(mlp, "gelu_tanh", lambda: None)
-    with pytest.raises(ValueError, match="Linear is no gated FFN with gate_proj"):
+    with pytest.raises(ValueError, match="Linear is not a gated FFN with gate_proj"):
         fuse_ffn(nn.Linear(2, 2), "silu", lambda: None)
     undo = fuse_ffn(mlp, "silu", lambda: None)
     with pytest.raises(RuntimeError, match="has been replaced already; use the hook"):
