@@ -48,7 +48,8 @@ def one_shot_masks(
     Block by block, as both papers do: the inputs of a block's linears are observed while the block
     is dense, then all of them are pruned, and the next block reads the pruned block's output.
     Active adapters take part in the forward; the base layers are pruned. Under torch.distributed
-    all ranks pass the same blocks, and each reads its share of them. In memory are the hidden states of all tokens and the statistics of one block.
+    all ranks pass the same blocks, and each reads its share of them. In memory are the hidden
+    states of all tokens and the statistics of one block.
 
     Args:
         model: transformers causal LM of a known family, or a PEFT model around one.
@@ -200,7 +201,7 @@ def _first_inputs(
     try:
         for ids in blocks.split(max(1, TOKENS_AT_ONCE // blocks.shape[1])):
             seen = []
-            # The other arguments depend on the batch's shape alone: one full pass a shape is enough.
+            # The other arguments depend on the batch's shape alone: one full pass a shape.
             wanted = 1 if len(ids) in calls else len(layers)
             with contextlib.suppress(_Enough):
                 base(input_ids=ids.to(next(base.parameters()).device), use_cache=False)
