@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from peft.tuners.lora import Linear
 
 
-# Options of PEFT that change the merge; what they say when they are not in use.
+# PEFT options that change the merge, each with the values that leave it off.
 _PLAIN: dict[str, tuple[object, ...]] = {
     "use_dora": (False, None),
     "use_qalora": (False, None),
@@ -93,12 +93,12 @@ def require_mergeable(model: nn.Module) -> None:
 
 
 def _configs(base: nn.Module) -> dict[str, PeftConfig]:
-    # Where adapters were put inside a stock model without PEFT's wrapper.
+    # Adapters can also be inside a stock model, without PEFT's wrapper.
     return getattr(base, "peft_config", None) or {}
 
 
 def merged_weight(layer: Linear, weight: torch.Tensor) -> torch.Tensor:
-    """The weight under the adapters that a forward applies; in float32, or float64 as it is."""
+    """The weight with the active adapters merged, in float32; float64 stays float64."""
     merged = weight.to(torch.promote_types(weight.dtype, torch.float32))
     # PEFT's forward adds nothing to a layer that has merged some of its adapters.
     if layer.disable_adapters or layer.merged:

@@ -53,7 +53,7 @@ def stock_config(config: PreTrainedConfig) -> JsonObject:
 
 
 def _write_twice(content: JsonObject, config: PreTrainedConfig) -> None:
-    """Add to a config's content the fields that transformers 4 reads for those of 5."""
+    """Add the fields that transformers 4 reads beside those of transformers 5."""
     if getattr(config, "head_dim", None):
         content["head_dim"] = config.head_dim
     if content.get("dtype"):
@@ -77,7 +77,7 @@ def _rope_scaling(rope: JsonObject) -> JsonObject | None:
 
 
 def copy_side_files(source: Path, out: Path) -> bool:
-    """Copy tokenizer and licence files as they are; whether there was a tokenizer."""
+    """Copy tokenizer and licence files as they are; returns whether there was a tokenizer."""
     for name in (*TOKENIZER_FILES, *LICENSE_FILES):
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
@@ -124,8 +124,8 @@ def write_stock_files(
         generation_config.save_pretrained(out)
     elif source is not None and (source / "generation_config.json").is_file():
         shutil.copyfile(source / "generation_config.json", out / "generation_config.json")
-    found = source is not None and source.is_dir() and copy_side_files(source, out)
-    if not found and tokenizer is not None:
+    copied = source is not None and source.is_dir() and copy_side_files(source, out)
+    if not copied and tokenizer is not None:
         save_tokenizer(tokenizer, out)
     if model_card is not None:
         replace_file(out / "README.md", model_card)

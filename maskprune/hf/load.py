@@ -1,4 +1,4 @@
-"""MODEL of the command line to a model and its tokenizer: a folder, a hub id, the demo's name."""
+"""Loads MODEL of the command line: a folder, a hub id or the demo's name."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def resolve_model(name: str | Path) -> str:
     """The folder or hub id that `name` means; fetches the embedded demo model on first use.
 
     Raises:
-        ValueError: a folder that is no whole safetensors or GGUF checkpoint; says what to do.
+        ValueError: a folder that is not a whole safetensors or GGUF checkpoint; says what to do.
     """
     if str(name) == MODEL_NAME and not Path(name).exists():
         return str(demo_model_dir())
@@ -57,7 +57,7 @@ def gguf_file(folder: Path) -> str | None:
         return None
     files = sorted(p.name for p in folder.glob("*.gguf"))
     if len(files) > 1:
-        raise ValueError(f"{folder} holds {len(files)} GGUF files, {', '.join(files)}; leave one")
+        raise ValueError(f"{folder} holds {len(files)} GGUF files, {', '.join(files)}; keep one")
     return files[0] if files else None
 
 
@@ -94,7 +94,7 @@ def check_checkpoint(folder: Path) -> None:
 
 
 def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies with a model.
+    """The tokenizer of a model.
 
     Raises:
         ValueError: there is none, or it cannot be read.
@@ -141,7 +141,7 @@ def load_model(
         options |= gguf_options(gguf)
     else:
         options["use_safetensors"] = True
-    # A download keeps its bars.
+    # A download shows its progress.
     quiet = quiet_transformers() if Path(where).is_dir() else contextlib.nullcontext()
     try:
         with quiet:
@@ -172,10 +172,10 @@ def load_model(
 
 @torch.no_grad()
 def require_finite_weights(model: PreTrainedModel, name: str | Path) -> None:
-    """Refuse weights from which nothing can be learned.
+    """Refuse NaN or infinite weights.
 
     Raises:
-        ValueError: NaN or infinite values; names the first tensor.
+        ValueError: there are some; names the first tensor.
     """
     for key, tensor in model.named_parameters():
         if not torch.isfinite(tensor).all():

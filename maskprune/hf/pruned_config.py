@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-# Classes that compute the same function once heads are gone, and their settings; the first that
+# Classes that compute the same function once heads are pruned, and their settings; the first that
 # takes the shape is chosen. Which engines read a head size other than hidden / heads in which
 # class: maskprune/hf/engines.py.
 _TWINS: dict[str, dict[str, JsonObject]] = {
@@ -38,7 +38,7 @@ _SHARED_FIELDS = (
 def pruned_class(
     config: PreTrainedConfig, heads: int, arch_fallback: str = "mistral"
 ) -> str | None:
-    """The stock class of this model with `heads` query heads a layer; None where none takes it.
+    """The model type of a stock class that takes `heads` query heads a layer; None: there is none.
 
     Args:
         config: transformers config of the model as it is.
@@ -66,7 +66,7 @@ def takes_heads(config: PreTrainedConfig, heads: int, arch_fallback: str = "mist
 
 
 def why_heads_stay(config: PreTrainedConfig, arch_fallback: str = "mistral") -> str | None:
-    """Why no head of this model can go, or None where some can."""
+    """Why no head of this model can be pruned, or None where some can."""
     family = family_of(config)
     if not family.prunes_heads:
         return family.no_heads

@@ -1,4 +1,4 @@
-"""transformers and PEFT without what would stand between the lines of a run."""
+"""Keeps the output of transformers and PEFT out of a run's own lines."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No bar over weights that lie on disk, and no warning of a name that PEFT has to change."""
+    """Within the context: no bar for weights on disk, no warning of an old name that PEFT uses."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

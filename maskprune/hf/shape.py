@@ -11,7 +11,10 @@ from maskprune.hf.families import family_of, ffn_width, head_dim, kv_heads, text
 
 @dataclass(frozen=True)
 class Shape:
-    """The dimensions that pruning changes, of every layer alike."""
+    """The dimensions that pruning changes, the same in every layer.
+
+    `heads` counts query heads, `ffn` is the FFN width.
+    """
 
     layers: int
     heads: int
@@ -40,7 +43,7 @@ def shape_of(config: PreTrainedConfig) -> Shape:
     }
     for name, count in counts.items():
         if not isinstance(count, int) or count < 1:
-            raise ValueError(f"the config's {name} is {count!r}; expected a whole number from 1 on")
+            raise ValueError(f"the config's {name} is {count!r}; expected a whole number above 0")
     shape = Shape(
         layers=text.num_hidden_layers,
         heads=text.num_attention_heads,
@@ -50,13 +53,13 @@ def shape_of(config: PreTrainedConfig) -> Shape:
     )
     if min(shape.kv_heads, shape.head_dim, shape.ffn) < 1 or shape.heads % shape.kv_heads:
         raise ValueError(
-            f"the config says {shape}; expected sizes from 1 on, and heads that the KV heads divide"
+            f"the config says {shape}; expected sizes above 0, and heads that the KV heads divide"
         )
     return shape
 
 
 def require_positions(config: PreTrainedConfig, seq_len: int) -> None:
-    """Refuse sequences that are longer than the positions which a model was trained for.
+    """Refuse sequences that are longer than the positions that a model has.
 
     Raises:
         ValueError: `seq_len` is below 2 or too large.

@@ -22,7 +22,7 @@ from maskprune.hf.adapters import adapted_layers, require_mergeable
 from maskprune.hf.families import Family, family_of, output_names, require_causal_lm, text_config
 from maskprune.hf.head import head_of
 from maskprune.hf.quiet import quiet_transformers
-from maskprune.hf.shape import Shape
+from maskprune.hf.shape import Shape, require_ranks
 from maskprune.structured.budget import Budget
 from maskprune.structured.callbacks import LockCallback, PruneCallback, SignalCallback
 from maskprune.structured.compensation import compensate
@@ -336,12 +336,7 @@ def prune(
     sharded = shards(config, core.config)
     quiet = quiet or rank() > 0
     budget = Budget.of(core, config)
-    most = max(128, text_config(core.config).hidden_size)
-    for name in ("lora_r", "output_r"):
-        if getattr(config, name) > most:
-            raise ValueError(
-                f"{name} is {getattr(config, name)}; expected at most {most}, the full rank"
-            )
+    require_ranks(core.config, lora_r=config.lora_r, output_r=config.output_r)
     blocks = as_blocks(data, tokenizer, config, core)
     steps = total_steps(config, len(blocks))
     require_reachable(budget, steps, config)

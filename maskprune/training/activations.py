@@ -1,4 +1,4 @@
-"""Sums over tokens of what a linear reads, and the Cholesky factors of such a sum."""
+"""Sums over tokens of a linear's inputs, and the Cholesky factors of such a sum."""
 
 from __future__ import annotations
 
@@ -24,8 +24,11 @@ def damped_factors(H: torch.Tensor, ridge: torch.Tensor) -> Iterator[torch.Tenso
     """Cholesky factors of H + ridge, each time with ten times the ridge; without end.
 
     None where rounding leaves no positive definite matrix: H was summed in float32, and a few
-    channels of huge activations can leave it with eigenvalues below zero by more than a ridge in
-    units of its mean makes good.
+    channels of huge activations can push eigenvalues further below zero than the ridge lifts them.
+
+    Args:
+        H: (I, I), float32 or float64.
+        ridge: () to add to H's diagonal.
     """
     while True:
         damped = H.clone()

@@ -7,17 +7,17 @@ import ctypes
 import os
 
 _M_MMAP_THRESHOLD = -3
-# glibc takes what is larger from the system alone and gives it back at once; left to itself it
-# raises that limit to 32 MiB after the first large tensors, and then keeps activations of a few
-# MiB on a heap full of holes.
+# glibc maps each larger block by itself and returns it as soon as it is freed. By default it raises
+# that limit to 32 MiB after the first large tensors, and then keeps activations of a few MiB on a
+# fragmented heap.
 THRESHOLD = 2**20
 USERS_OWN = ("MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD")
 
 
 def return_freed_memory() -> None:
-    """Let glibc return every freed tensor of a MiB or more; for programs, since it is for good.
+    """Let glibc return every freed tensor of a MiB or more; only for programs: it cannot be undone.
 
-    Nothing happens with another C library, or where the environment chooses an allocator.
+    Does nothing with another C library, or where the environment chooses an allocator.
     """
     if any(name in os.environ for name in USERS_OWN):
         return

@@ -50,7 +50,7 @@ def require_checkpoint_space(run: Path, trained: Iterable[torch.Tensor]) -> None
     """Refuse a run whose checkpoints will not fit: two are kept while a third is written.
 
     Raises:
-        ValueError: says how much space is needed; see `require_space`.
+        ValueError: they do not fit; says how much space they need.
     """
     # AdamW keeps two averages of the size of what it trains.
     one = 3 * sum(p.numel() * p.element_size() for p in trained)
@@ -58,7 +58,7 @@ def require_checkpoint_space(run: Path, trained: Iterable[torch.Tensor]) -> None
 
 
 def mark_complete(folder: Path) -> None:
-    """The last act of a checkpoint: every file is on disk, its size is noted."""
+    """Flush every file of a checkpoint to disk, then write the marker with their sizes."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MARKER)
     for file in files:
         sync(file)
@@ -66,7 +66,7 @@ def mark_complete(folder: Path) -> None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether every file that the marker names is there, in its size."""
+    """Whether every file that the marker names is there and has its size."""
     try:
         sizes = json.loads((folder / MARKER).read_text())
     except (OSError, json.JSONDecodeError):
@@ -79,7 +79,7 @@ def is_complete(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """A folder for the time of the context, one for all ranks."""
+    """A folder for the duration of the context, the same for all ranks."""
     with contextlib.ExitStack() as stack:
         folder = tempfile.TemporaryDirectory(prefix="maskprune-") if rank() == 0 else None
         if folder is not None:
@@ -88,30 +88,30 @@ def temporary_folder() -> Iterator[Path]:
 
 
 def open_run(run: Path, resume: bool) -> Path | None:
-    """Make the folder of a run; the checkpoint from which to `resume`, if there is one."""
+    """Make a run's folder; returns the checkpoint to resume from, None for a new start."""
     run.mkdir(parents=True, exist_ok=True)
     return latest(run) if resume else None
 
 
 def remove_old(run: Path, keep: int | None) -> None:
-    """Remove all but the last `keep` checkpoints of a run, the one in the making counted."""
+    """Remove all but the last `keep` checkpoints of a run, counting the one being written."""
     names = [folder.name.removeprefix("checkpoint-") for folder in run.glob("checkpoint-*")]
     for step in sorted(int(name) for name in names if name.isdigit())[: -keep if keep else 0]:
         shutil.rmtree(run / f"checkpoint-{step}")
 
 
 def newest(run: Path) -> Path | None:
-    """The newest whole checkpoint of a run; nothing is changed."""
-    found = [
+    """The newest whole checkpoint of a run, or None."""
+    whole = [
         (int(number), folder)
         for folder in run.glob("checkpoint-*")
         if (number := folder.name.removeprefix("checkpoint-")).isdigit() and is_complete(folder)
     ]
-    return max(found)[1] if found else None
+    return max(whole)[1] if whole else None
 
 
 def latest(run: Path) -> Path | None:
-    """The newest whole checkpoint of a run; half-written ones are removed."""
+    """The newest whole checkpoint of a run, or None; removes half-written ones."""
     for folder in run.glob("checkpoint-*"):
         if folder.name.removeprefix("checkpoint-").isdigit() and not is_complete(folder):
             logger.warning("removing %s, which a killed run left half-written", folder)

@@ -142,7 +142,7 @@ def block_order(
     same blocks at the same step. Fewer than steps * batch blocks are read again, with a note.
 
     Args:
-        seq_len: tokens per block, only to say the note and the error in tokens.
+        seq_len: tokens per block, only to count in tokens in the note and the error.
 
     Returns:
         (steps, batch) int64.

@@ -1,4 +1,4 @@
-"""What a source of text is: files, folders, hub datasets, lists; and the documents in it."""
+"""Sources of text (files, folders, hub datasets, lists) and the documents in them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SUFFIXES = (*TEXT_SUFFIXES, *TABLES)
 SPLITS = ("train", "validation", "valid", "dev", "test")
 
 Source = str | Path | Sequence[str]
-# A row of a source, and its place for an error, to its text.
+# From a row of a source, and its place for error messages, to its text.
 Reader = Callable[[object, str], str]
 
 
@@ -56,7 +56,7 @@ def documents(
             or a chat under `messages`, as dicts with `role` and `content`.
         split: of a hub dataset that names none.
         keep_blank: give blank documents too.
-        tokenizer: the one whose chat template makes a text of `messages`.
+        tokenizer: its chat template turns `messages` into text.
 
     Raises:
         ValueError: no such source, a broken row (with its number), chats without a template, or
@@ -66,14 +66,14 @@ def documents(
     def read(row: object, where: str) -> str:
         return _text_of(row, where, tokenizer)
 
-    found = False
+    any_text = False
     for text in _raw_documents(source, split, read):
         if text.strip():
-            found = True
+            any_text = True
         elif not keep_blank:
             continue
         yield text
-    if not found:
+    if not any_text:
         raise ValueError(f"data {name_of(source)} is empty; expected documents with text in them")
 
 
@@ -97,8 +97,8 @@ def _chat(
 ) -> str:
     if tokenizer is None or tokenizer.chat_template is None:
         raise ValueError(
-            f"{where}: a chat (`messages`), but there is no tokenizer with a chat template to make "
-            "a text of it; give rows with `text`, or an instruct model"
+            f"{where}: a chat (`messages`), but there is no tokenizer with a chat template to turn "
+            "it into text; give rows with `text`, or an instruct model"
         )
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
@@ -233,7 +233,7 @@ def _hub_documents(source: str, split: str, read: Reader) -> Iterator[str]:
         first = next(rows, None)
     except Exception as error:  # the hub client raises some twenty unrelated classes
         raise ValueError(
-            f"data {source!r} is no local path, and the hub gave no such dataset "
+            f"data {source!r} is not a local path, and the hub gave no such dataset "
             f"({_first_line(error)}); check the name, or offline give a local file"
         ) from None
     if first is None:

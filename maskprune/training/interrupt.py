@@ -1,8 +1,8 @@
 """SIGTERM and SIGINT in a run: the step ends, a checkpoint is saved, and the run stops.
 
-A signal outside the training loop, or a second one, stops at once; not a second one of a run of
-several processes, which torchrun sends after the terminal's. All of these stop after the same step,
-whichever got the signal.
+A signal outside the training loop, or a second one, stops at once. A run of several processes
+ignores a second one, since torchrun sends it after the terminal's; all processes stop after the
+same step, whichever of them got the signal.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from maskprune.training.distributed import rank, world_size
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended the run; its text says how to go on."""
+    """A signal ended the run; its text says how to continue."""
 
     def __init__(self, signum: int = signal.SIGINT, text: str = "") -> None:
         super().__init__(text or f"stopped by {signal.Signals(signum).name}")
@@ -33,7 +33,7 @@ class _Signals:
     def __init__(self) -> None:
         self.in_loop = False
         self.received: int | None = None
-        # Of processes that train on GPUs: NCCL would make each step wait for the device.
+        # A gloo group where training uses NCCL, which would make each step wait for the device.
         self.group: dist.ProcessGroup | None = None
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
@@ -62,7 +62,7 @@ _signals = _Signals()
 def stop_on_signals() -> Iterator[None]:
     """Handle SIGTERM and SIGINT as above while the context lasts.
 
-    A signal that whoever started this process has set to be ignored is left so.
+    A signal that this process was started with as ignored stays ignored.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -83,7 +83,7 @@ def training_loop() -> Iterator[None]:
     """The part of a run in which a first signal waits for the end of the step.
 
     Raises:
-        Interrupted: at the end, where a signal came.
+        Interrupted: at the end, if a signal came.
     """
     if dist.is_available() and dist.is_initialized() and dist.get_backend() != "gloo":
         _signals.group = dist.new_group(backend="gloo")

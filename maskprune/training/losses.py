@@ -1,4 +1,4 @@
-"""What training minimises, without copies of the logits' size: KL of two models, cross entropy."""
+"""The training losses, without copies of the logits: KL of two models, and cross entropy."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def hidden_kl(
 ) -> torch.Tensor:
     """`token_kl` from last hidden states (..., d), with logits of a few tokens at a time.
 
-    A head that is more than its frozen weights makes whole logits, see `Head.obstacle`.
+    With a head that is more than its frozen weights (`Head.obstacle`), all logits at once.
 
     Args:
         as_teacher: within this context such a head is the teacher's.
@@ -90,8 +90,8 @@ def hidden_kl(
 def hidden_cross_entropy(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Mean cross entropy of `targets` (n,) from last hidden states (n, d), in chunks of tokens.
 
-    Every head will do. Logits are made again in the backward, but by torch's own chunked operation,
-    where it is exact: it rounds the loss to the dtype of the hidden states and knows no autocast.
+    Takes any head, and computes logits again in the backward. torch's own chunked operation is used
+    only in float32 without autocast: it rounds the loss to the dtype of the hidden states.
     """
     rows = rows_at_once(head.weight.shape[0], hidden)
     plain = head.obstacle is None and head.scale == 1 and head.softcap is None

@@ -18,7 +18,7 @@ def require_optimizer(bits: int) -> None:
         from torchao.optim import AdamW8bit  # noqa: F401
     except ImportError as error:
         raise ValueError(
-            f"--optimizer-bits {bits} needs torchao, which is not to be had here ({error}); "
+            f"--optimizer-bits {bits} needs torchao, which cannot be imported ({error}); "
             'pip install "maskprune[eight-bit]", or leave the flag out'
         ) from None
 

@@ -11,23 +11,23 @@ from tqdm import tqdm
 
 
 def note(text: str, quiet: bool) -> None:
-    """What takes its time outside the steps, on a line that leaves the bar whole."""
+    """Print `text` on a line of its own that does not break the progress bar."""
     if not quiet:
         tqdm.write(text, file=sys.stderr)
         sys.stderr.flush()
 
 
-# Called with how much is done and of how much.
+# Called with (parts done, parts in all).
 Report = Callable[[int, int], None]
-# Where there is no terminal, a line no more often than that.
+# Least time between two lines where there is no terminal.
 SECONDS_A_LINE = 10.0
 
 
 @contextlib.contextmanager
 def reporting(what: str, tokens: int, quiet: bool, unit: str = "batch") -> Iterator[Report]:
-    """Say `what` is done on how many tokens, then how far it is and the time left.
+    """Show what is being done on how many tokens, then its progress and the time left.
 
-    Yields what the work calls after each part; nothing is shown where it is quiet.
+    Yields the function that the work calls after each part. Shows nothing if `quiet`.
     """
     note(f"{what} on {tokens:,} tokens", quiet)
     began = said = time.monotonic()
@@ -91,7 +91,7 @@ class Progress:
             print(line, file=sys.stderr, flush=True)
 
     def skip(self, seconds: float) -> None:
-        """Leave out of the time left what went into other work than steps."""
+        """Exclude `seconds` of other work than steps from the time left."""
         self.started += seconds
         if self.bar is not None:
             self.bar.start_t += seconds

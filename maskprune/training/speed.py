@@ -18,7 +18,7 @@ def throughput(
     new_tokens: int = 32,
     repeats: int = 5,
 ) -> dict[str, dict[str, float]]:
-    """Tokens per second of each model, batch 1: reading a prompt, then writing one by one.
+    """Tokens per second of each model at batch 1: reading a prompt, then writing token by token.
 
     The models take turns, so that what slows the machine slows all of them.
 

@@ -25,9 +25,9 @@ class TraceCallback(TrainerCallback):
 
     Args:
         config: settings with `logging_steps`, `batch_size` and `seq_len`.
-        line: the numbers of a row that a person sees.
+        line: formats a row for the progress display.
 
-    `trainer` is to be set once the trainer, which wants its callbacks first, is made.
+    Set `trainer` once it exists: a trainer takes its callbacks when it is made.
     """
 
     trainer: BlockTrainer
@@ -48,7 +48,7 @@ class TraceCallback(TrainerCallback):
         self.mark = (state.global_step, time.monotonic())
 
     def _begin(self, done: int) -> list[JsonObject]:
-        """The rows up to step `done` of a resumed run; the file holds them alone."""
+        """The rows of a resumed run up to step `done`; later ones are removed from the file."""
         rows = []
         if self.path.is_file():
             rows = [json.loads(line) for line in self.path.read_text().splitlines()]
@@ -82,7 +82,7 @@ class TraceCallback(TrainerCallback):
 
     @contextlib.contextmanager
     def outside_steps(self) -> Iterator[None]:
-        """What runs within counts neither in the steps' tokens/s nor in the time left."""
+        """Exclude the time within the context from the steps' tokens/s and from the time left."""
         began = time.monotonic()
         yield
         seconds = time.monotonic() - began
