@@ -1,4 +1,4 @@
-"""The words that settings take, and the bounds that a class and its settings share.
+"""The choices that settings allow, and the bounds that a class shares with its settings.
 
 Imports nothing heavy: the command line reads them before torch is loaded.
 """
@@ -24,6 +24,6 @@ def require_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def require_reach(reach: float) -> None:
-    """Raise ValueError for a ramp that is no part of a run, or leaves too little after it."""
+    """Raise ValueError where `reach` is not a share of a run that leaves enough steps after it."""
     if not 0 < reach <= LARGEST_REACH:
         raise ValueError(f"reach is {reach}; expected a share of the run in (0, {LARGEST_REACH}]")

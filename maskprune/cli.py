@@ -46,10 +46,10 @@ usage: maskprune COMMAND ... ; maskprune COMMAND --help shows its flags
 
 
 def parse(command: str, kinds: Sequence[Any], argv: Sequence[str], doc: str) -> list[Any]:
-    """One dataclass per kind from flags and an optional `--config recipe.yaml`, flags first.
+    """One instance per dataclass in `kinds`, from flags and an optional `--config recipe.yaml`.
 
-    The first field of the first kind is the positional argument. Unknown flags and keys are
-    errors.
+    Flags override the recipe. The first field of the first kind is the positional argument.
+    Unknown flags and keys are errors.
     """
     import argparse
 
@@ -79,7 +79,7 @@ def parse(command: str, kinds: Sequence[Any], argv: Sequence[str], doc: str) -> 
 
 
 def _set_defaults(parser: argparse.ArgumentParser, recipe: dict[str, object]) -> None:
-    """A recipe's values as the parser's defaults; a list is what commas are on a command line."""
+    """Make a recipe's values the parser's defaults; a list becomes comma-separated text."""
     for key, value in recipe.items():
         text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
         parser.set_defaults(**{key: text})
@@ -120,8 +120,8 @@ def info(argv: Sequence[str]) -> int:
     from maskprune.commands.record import versions
     from maskprune.ops.backend import unavailable
 
-    for name, found in versions().items():
-        print(f"{name:14} {found}")
+    for name, version in versions().items():
+        print(f"{name:14} {version}")
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     print(f"{'device':14} {torch.cuda.get_device_name() if cuda else 'cpu'}")
@@ -224,16 +224,16 @@ def check(argv: Sequence[str]) -> int:
     (settings,) = parse("check", [CheckConfig], argv, "Is this folder a stock checkpoint?")
     from maskprune.commands.check import check as run
 
-    found = run(
+    findings = run(
         settings.folder,
         against=settings.against,
         masks_file=settings.masks,
         targets=settings.targets,
     )
-    for mark, lines in (("ok  ", found.good), ("note", found.notes), ("FAIL", found.bad)):
+    for mark, lines in (("ok  ", findings.good), ("note", findings.notes), ("FAIL", findings.bad)):
         for line in lines:
             print(f"{mark}  {line}")
-    return 1 if found.bad else 0
+    return 1 if findings.bad else 0
 
 
 def evaluate(argv: Sequence[str]) -> int:
@@ -261,13 +261,13 @@ def _processes() -> int:
 
 
 def _tell(text: str, to: TextIO | None = None) -> None:
-    """Print what a command says, once of all processes."""
+    """Print `text`; of several processes only rank 0 does."""
     if _processes() == 1 or os.environ.get("RANK", "0") == "0":
         print(text, file=to)
 
 
 def _together() -> contextlib.AbstractContextManager[None]:
-    """Under torchrun one process tells an error, and all end; torch is not loaded for less."""
+    """Under torchrun one process reports an error and all end; else torch is not loaded for it."""
     if _processes() == 1:
         return contextlib.nullcontext()
     from maskprune.training.distributed import session

@@ -56,15 +56,15 @@ def _require_whole_micro_batches(config: RunConfig | PlanConfig) -> None:
 
 @dataclass(frozen=True)
 class BudgetConfig:
-    """Which shapes are asked for; `Budget` says which of the values are legal."""
+    """The shape that is asked for; `Budget` checks the values."""
 
     sparsity: float | None = _setting(
-        None, "Share of the attention and FFN weights that goes, like 0.2."
+        None, "Share of the attention and FFN weights to remove, like 0.2."
     )
     head_sparsity: float | None = _setting(
-        None, "With --ffn-sparsity, fixes the split by hand: share of the head units that goes."
+        None, "With --ffn-sparsity, fixes the split by hand: share of head units to remove."
     )
-    ffn_sparsity: float | None = _setting(None, "Share of the FFN units that goes, by hand.")
+    ffn_sparsity: float | None = _setting(None, "Share of the FFN units to remove, by hand.")
     head_unit: str = _setting(
         "kv_group", "kv_group (a KV head with its query heads) or query_head (of every group)."
     )
@@ -102,11 +102,15 @@ class RunConfig:
     shard: str = _setting(
         "auto",
         "Under torchrun: none, every process holds the whole model; full, each its part of the "
-        "blocks (FSDP2); auto, full where by the plan's arithmetic a GPU cannot hold it whole.",
+        "blocks (FSDP2); auto, full where the plan says that a GPU cannot hold the whole model.",
     )
-    optimizer_bits: int = _setting(32, "Of AdamW's two moments: 32, or 8 with torchao.")
-    seed: int = _setting(0, "Of data order and everything random; CPU runs repeat to the bit.")
-    save_steps: int = _setting(100, "Steps between checkpoints, what a kill loses at most.")
+    optimizer_bits: int = _setting(32, "Bits of AdamW's two moments: 32, or 8 with torchao.")
+    seed: int = _setting(
+        0, "Of the data order and all that is random; CPU runs repeat bit for bit."
+    )
+    save_steps: int = _setting(
+        100, "Steps between checkpoints; a killed run loses no more than that."
+    )
     logging_steps: int = _setting(10, "Steps between rows of the trace.")
 
     def __post_init__(self) -> None:
@@ -130,7 +134,7 @@ class RunConfig:
         _require_whole_micro_batches(self)
 
 
-# Settings that say how masks are learned: to give one is to ask for it.
+# Settings of learned masks: giving one of them selects `maskprune` under `--method auto`.
 OF_MASKS = ("mode", "warm_start", "reach", "eta1", "interval", "mask_lr")
 
 
@@ -151,26 +155,31 @@ class PruneConfig(RunConfig, BudgetConfig):
     )
     warm_start_blocks: int = _setting(32, "Blocks of seq_len tokens that the ranking reads.")
     reach: float | None = _setting(
-        None, "Share of the steps after which the budget is reached; 0.1 warm, 0.6 cold."
+        None,
+        "Share of the steps after which the budget is reached; 0.1, or 0.6 without warm start.",
     )
     eta1: float | None = _setting(None, "Decay rate of pruned masks at the first step.")
     interval: int | None = _setting(
         None, "Steps between two prox calls on FFN masks, falling to 1; 10 from 2000 steps on."
     )
-    learning_rate: float = _setting(1e-3, "Of the adapters; falls linearly to 0.")
-    warmup: float = _setting(0.03, "Share of the steps over which the adapters' rate rises.")
+    learning_rate: float = _setting(1e-3, "Learning rate of the adapters; falls linearly to 0.")
+    warmup: float = _setting(
+        0.03, "Share of the steps over which the adapters' learning rate rises."
+    )
     mask_lr: float = _setting(
-        2e-3, "Of the masks (the paper: 1e-2); falls linearly to 0 once the budget is reached."
+        2e-3,
+        "Learning rate of the masks (the paper: 1e-2); falls linearly to 0 once the budget is"
+        " reached.",
     )
     lora_r: int = _setting(8, "Rank of the adapters.")
     output_r: int = _setting(
         128, "Rank of the adapters of W_O and W_down where their inputs are pruned; scale 1."
     )
     compensate: bool = _setting(
-        True, "Start those adapters, once the shape is final, at the least-squares compensation."
+        True, "Start those adapters at the least-squares compensation once the shape is final."
     )
     compensation_tokens: int | None = _setting(
-        None, "Tokens of the data that the compensation is fitted to; 32 per FFN unit of a layer."
+        None, "Tokens that the compensation is fitted to; 32 per FFN unit of a layer by default."
     )
     lora_alpha: int = _setting(8, "Scale of the adapters is lora_alpha / lora_r.")
     lora_targets: str = _setting(
@@ -240,9 +249,9 @@ class SparsifyConfig(RunConfig):
         128, "Blocks of seq_len tokens that sparsegpt and wanda read."
     )
     learning_rate: float | None = _setting(
-        None, "Of the logits; falls to a tenth by a cosine. 1 / steps, at most 5e-3."
+        None, "Learning rate of the logits, 1 / steps up to 5e-3; falls to a tenth by a cosine."
     )
-    weight_decay: float = _setting(0.1, "AdamW's, of the logits.")
+    weight_decay: float = _setting(0.1, "AdamW's weight decay of the logits.")
     kappa_start: float = _setting(100.0, "Scale of the logits in the softmax at the first step.")
     kappa_end: float = _setting(500.0, "The same at the last step; linear between.")
     tau_start: float = _setting(2.0, "Temperature of the softmax at the first step (the paper: 4).")
@@ -257,7 +266,7 @@ class SparsifyConfig(RunConfig):
         "sum of squares, which depends on the model's size).",
     )
     regulariser_weight: float | None = _setting(
-        None, "Its weight at the first step, falling to 0; 1500 relative, 1e-5 sum."
+        None, "Weight of that reward at the first step, falling to 0; 1500 relative, 1e-5 sum."
     )
 
     def __post_init__(self) -> None:
@@ -312,7 +321,9 @@ class EvalConfig:
         None, "lm-eval tasks, comma-separated: names, YAML files, folders of them."
     )
     limit: int | None = _setting(None, "At most this many windows, and documents per task.")
-    num_fewshot: int | None = _setting(None, "Shots per task; by default what the task says.")
+    num_fewshot: int | None = _setting(
+        None, "Examples in each prompt; by default the task's own number."
+    )
     batch_size: int = _setting(1, "Windows or requests per forward pass.")
     dtype: str = _setting("auto", "auto (as stored), float32, bfloat16 or float16.")
     device: str = _setting("auto", "auto, cpu, cuda or cuda:N.")
@@ -332,7 +343,7 @@ class RunFiles:
     model: str = field(metadata={"help": "Checkpoint folder, hub id, or smollm2-135m."})
     output: str | None = field(
         default=None,
-        metadata={"help": "Folder of the stock checkpoint to come.", "aliases": ["-o"]},
+        metadata={"help": "Folder to write the stock checkpoint to.", "aliases": ["-o"]},
     )
     data: str | None = _setting(
         None,
@@ -370,7 +381,9 @@ class PlanConfig(BudgetConfig, _Planned):
     """What `maskprune plan` lays out, from config.json alone."""
 
     two_four: bool = _setting(False, "Plan the memory of `sparsify`, which changes no shape.")
-    gpus: int | None = _setting(None, "Also say what training takes on each of so many devices.")
+    gpus: int | None = _setting(
+        None, "Also show the memory that training takes on each of this many devices."
+    )
     gpu_memory: float = _setting(80.0, "GB of one device, with --gpus.")
     batch_size: int = _setting(16, "With --gpus: sequences per step, over all devices.")
     gradient_accumulation: int = _setting(1, "With --gpus: micro-batches per step.")
@@ -379,7 +392,7 @@ class PlanConfig(BudgetConfig, _Planned):
     output_r: int = _setting(128, "With --gpus: rank of the adapters of W_O and W_down.")
     gradient_checkpointing: bool = _setting(False, "With --gpus: trade time for memory.")
     shard: str = _setting("auto", "With --gpus: none, full, or auto, see `prune`.")
-    optimizer_bits: int = _setting(32, "With --gpus: of the moments, 32 or 8.")
+    optimizer_bits: int = _setting(32, "With --gpus: bits of AdamW's moments, 32 or 8.")
 
     def __post_init__(self) -> None:
         names = ("gpus", "batch_size", "gradient_accumulation", "seq_len", "lora_r", "output_r")

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-# What JSON holds is for whoever reads it to know.
+# Code that reads JSON knows the types of its values.
 JsonObject = dict[str, Any]
 
 OWN_FOLDER = "maskprune"
@@ -54,9 +54,9 @@ def write_json(path: Path, value: object) -> None:
 
 
 def own_file(result: Path, name: str) -> Path:
-    """Where a result keeps a file of ours: in its folder maskprune/, in older results at the top.
+    """The path of one of maskprune's own files in a result: in maskprune/, or at an old one's top.
 
-    Apart from the weights, because engines take every safetensors file at the top for weights.
+    Apart from the weights, because engines read every safetensors file at the top as weights.
     """
     inside, top = result / OWN_FOLDER / name, result / name
     return top if top.exists() and not inside.exists() else inside
@@ -98,7 +98,7 @@ def require_new_folder(
 
     Args:
         path: see `output_folder`.
-        inputs: what the run reads; names that are no path here, and None, are passed over.
+        inputs: what the run reads; names that are not local paths, and None, are skipped.
 
     Raises:
         ValueError: it holds an input, or a file that is not a result's; or `overwrite` is not
@@ -119,15 +119,15 @@ def require_new_folder(
     if (strange := _not_of_a_result(path)) is not None:
         raise ValueError(
             f"output folder {path} holds {strange}, which maskprune did not write, as far as "
-            "it knows; --overwrite replaces its results alone: move it, or choose another folder"
+            "it knows; --overwrite replaces only its results: move it, or choose another folder"
         )
 
 
 def _not_of_a_result(folder: Path) -> str | None:
     """A file below `folder` that maskprune did not write; None where it wrote all of them.
 
-    A run's result lists its files. An exported one has none of ours but the tag in its card, so
-    the names of stock files are known there.
+    A run's result lists its files. An exported one has no list, only the tag in its card: there
+    any name of a stock file counts as written by maskprune.
     """
     own: set[str] = set()
     with contextlib.suppress(OSError, ValueError, TypeError):
@@ -148,7 +148,7 @@ def _not_of_a_result(folder: Path) -> str | None:
 def locked(path: Path) -> Iterator[None]:
     """Hold the output folder `path` against other processes; a lock ends with its process.
 
-    Folders above it that had to be made and are still empty at the end are removed.
+    Parent folders that it had to make are removed again if they are still empty at the end.
 
     Raises:
         ValueError: another process writes to `path`.
@@ -196,7 +196,7 @@ def _lock(lock: Path, path: Path) -> int:
 
 
 def require_space(folder: Path, size: int, what: str) -> None:
-    """Refuse to start what would fill the disk.
+    """Refuse to start writing what the disk cannot hold.
 
     Raises:
         ValueError: fewer than `size` bytes are free where `folder` is or will be.
@@ -215,7 +215,7 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
     Yields a hidden sibling to write into. What a killed run left behind under that name is
     removed by the next run. Where there is a folder maskprune/, a list of all files goes into it,
-    by which `overwrite` knows later what it may replace.
+    which later tells `overwrite` what it may replace.
     """
     path = path.absolute()
     require_new_folder(path, overwrite)
@@ -230,7 +230,7 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
             listed.touch()
             files = [file for file in building.rglob("*") if file.is_file()]
             write_json(listed, sorted(file.relative_to(building).as_posix() for file in files))
-        # What the umask leaves of it; safetensors writes for the owner alone.
+        # The permissions that the umask gives; safetensors lets only the owner read its files.
         mode = building.stat().st_mode & 0o666
         for file in building.rglob("*"):
             if file.is_file():

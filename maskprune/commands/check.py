@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Findings:
-    """What was checked and held, what did not, and what to know."""
+    """Checks that passed, checks that failed, and notes."""
 
     good: list[str] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
@@ -43,12 +43,12 @@ def check(
     Args:
         folder: the checkpoint.
         against: the original model: folder, hub id or `smollm2-135m`.
-        masks_file: the masks of the run, of units or 2:4, or a folder with them; None takes those
-            of `folder`, where there are any, as its adapter.
+        masks_file: masks of the run, structured or 2:4, or a folder with them; None takes those in
+            `folder`, if any. An adapter in `folder` is always put on the original.
         targets: engines to lint the shape for, see `plan.lint`.
 
     Raises:
-        ValueError: the folder is no checkpoint at all.
+        ValueError: the folder is not a checkpoint.
     """
     from transformers import AutoConfig
 
@@ -57,54 +57,54 @@ def check(
     from maskprune.hf.shape import shape_of
     from maskprune.structured.plan import engine_notes, lint, tp_sizes
 
-    folder, found = Path(folder), Findings()
+    folder, findings = Path(folder), Findings()
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; expected a checkpoint folder")
     check_checkpoint(folder)
     raw = json.loads((folder / "config.json").read_text())
-    found.say("auto_map" not in raw, "needs no remote code", "config.json asks for remote code")
-    found.say(
+    findings.say("auto_map" not in raw, "needs no remote code", "config.json asks for remote code")
+    findings.say(
         bool(raw.get("architectures")),
         f"class {(raw.get('architectures') or ['?'])[0]}",
         "config.json names no architectures; vLLM and llama.cpp need it",
     )
-    stumbling = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
-    stumbling += [n for n in ("adapter_config.json",) if (folder / n).exists()]
-    found.say(not stumbling, "no file that stock tools stumble over", f"stray files: {stumbling}")
+    stray = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
+    stray += [n for n in ("adapter_config.json",) if (folder / n).exists()]
+    findings.say(not stray, "no file that misleads stock tools", f"stray files: {stray}")
     config = AutoConfig.from_pretrained(folder)
     if config.model_type in FAMILIES:
         shape = shape_of(config)
-        found.say(
+        findings.say(
             shape.heads % shape.kv_heads == 0,
             f"uniform: {shape}",
             f"{shape.heads} heads do not divide into {shape.kv_heads} KV heads",
         )
-        _check_fields(raw, stock_config(config), folder, found)
+        _check_fields(raw, stock_config(config), folder, findings)
         sizes = ", ".join(map(str, tp_sizes(shape)))
-        found.notes.append(f"tensor-parallel sizes: {sizes}")
+        findings.notes.append(f"tensor-parallel sizes: {sizes}")
         asked = targets or "vllm,gguf,awq128"
-        found.notes += [f"misaligned for {n}" for n in lint(shape, asked)]
-        found.notes += engine_notes(config, asked)
+        findings.notes += [f"misaligned for {n}" for n in lint(shape, asked)]
+        findings.notes += engine_notes(config, asked)
     else:
-        found.notes.append(f"family {config.model_type} is not in maskprune's table")
+        findings.notes.append(f"family {config.model_type} is not in maskprune's table")
     model, tokenizer = load_model(folder)
     if config.model_type in FAMILIES and _is_two_four(model):
-        found.notes.append("2:4 in every linear of its blocks")
+        findings.notes.append("2:4 in every linear of its blocks")
     if config.model_type in FAMILIES:
-        _check_tensors(folder, model, found)
-    found.good.append("loads with from_pretrained, every tensor present, tokenizer too")
-    _check_generation(model, tokenizer, found)
+        _check_tensors(folder, model, findings)
+    findings.good.append("loads with from_pretrained, every tensor present, tokenizer too")
+    _check_generation(model, tokenizer, findings)
     if against is not None:
-        _check_equal(model, tokenizer, against, masks_file or _own_masks(folder), folder, found)
+        _check_equal(model, tokenizer, against, masks_file or _own_masks(folder), folder, findings)
     elif masks_file is not None:
         raise ValueError("--masks needs --against MODEL, the model that the masks belong to")
-    return found
+    return findings
 
 
-def _check_fields(raw: JsonObject, expected: JsonObject, folder: Path, found: Findings) -> None:
+def _check_fields(raw: JsonObject, expected: JsonObject, folder: Path, findings: Findings) -> None:
     """Whether transformers 4 reads config.json as 5 does, and vLLM where the head size is given.
 
-    A missing field is a fault of ours alone: transformers 5 does not write them all.
+    A missing field fails only in a checkpoint of maskprune: transformers 5 does not write them all.
     """
     wanted = [k for k in ("head_dim", "rope_theta", "torch_dtype") if k in expected]
     missing = [k for k in wanted if k not in raw]
@@ -115,14 +115,14 @@ def _check_fields(raw: JsonObject, expected: JsonObject, folder: Path, found: Fi
         f"{', '.join(str(expected[k]) for k in missing)}"
     )
     if missing and not (folder / OWN_FOLDER).is_dir():
-        found.notes.append(text)
+        findings.notes.append(text)
     elif missing:
-        found.bad.append(text)
+        findings.bad.append(text)
     if wrong:
         said = ", ".join(f"{k} {raw[k]} where transformers 5 reads {expected[k]}" for k in wrong)
-        found.bad.append(f"config.json contradicts itself: {said}")
+        findings.bad.append(f"config.json contradicts itself: {said}")
     elif not missing:
-        found.good.append("config reads the same in transformers 4 and 5")
+        findings.good.append("config reads the same in transformers 4 and 5")
 
 
 def _is_two_four(model: PreTrainedModel) -> bool:
@@ -143,7 +143,7 @@ def _own_masks(folder: Path) -> Path | None:
     return next((path for path in places if path.is_file()), None)
 
 
-def _check_tensors(folder: Path, model: PreTrainedModel, found: Findings) -> None:
+def _check_tensors(folder: Path, model: PreTrainedModel, findings: Findings) -> None:
     """Whether each tensor of each safetensors file at the top of `folder` is the model's."""
     from maskprune.hf.families import family_of
     from maskprune.streaming.safetensors_file import INDEX_NAME, read_header
@@ -160,11 +160,11 @@ def _check_tensors(folder: Path, model: PreTrainedModel, found: Findings) -> Non
             foreign[file.name] = name
     text = ", ".join(f"{file} ({name})" for file, name in foreign.items())
     if foreign and (folder / INDEX_NAME).is_file():
-        found.notes.append(
+        findings.notes.append(
             f"files whose tensors are not the model's, left out by the index: {text}"
         )
     else:
-        found.say(
+        findings.say(
             not foreign,
             "no safetensors file but the model's",
             f"tensors that are not the model's: {text}; vLLM takes every safetensors file of a "
@@ -173,13 +173,17 @@ def _check_tensors(folder: Path, model: PreTrainedModel, found: Findings) -> Non
 
 
 @torch.no_grad()
-def _check_generation(model: Any, tokenizer: PreTrainedTokenizerBase, found: Findings) -> None:
+def _check_generation(model: Any, tokenizer: PreTrainedTokenizerBase, findings: Findings) -> None:
     ids = tokenizer("The quick brown fox", return_tensors="pt").input_ids.to(model.device)
     options = dict(max_new_tokens=8, do_sample=False, pad_token_id=0)
     same = torch.equal(
         model.generate(ids, **options), model.generate(ids, use_cache=False, **options)
     )
-    found.say(same, "generates with cache as without", "generation differs with and without cache")
+    findings.say(
+        same,
+        "generates the same with and without cache",
+        "generation differs with and without cache",
+    )
 
 
 def _check_equal(
@@ -188,7 +192,7 @@ def _check_equal(
     against: str,
     masks_file: str | Path | None,
     folder: Path,
-    found: Findings,
+    findings: Findings,
 ) -> None:
     from maskprune.hf.equality import TOLERANCE, compare_logits
     from maskprune.hf.families import text_config
@@ -229,7 +233,7 @@ def _check_equal(
         origin_name, hint = f"{against}, without masks", " (give those of the run with --masks)"
     else:
         origin_name, hint = f"the masked model, masks of {masks_file}", ""
-    found.say(
+    findings.say(
         difference.relative <= limit,
         f"equals {origin_name}: {text}",
         f"differs from {origin_name}{hint}: {text}; expected relative at most {limit}",

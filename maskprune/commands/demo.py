@@ -35,14 +35,14 @@ Row = tuple[str, str, str]
 
 
 def settings(steps: int, seed: int) -> PruneConfig:
-    """What the demo asks for: 20 % less, in minutes on two cores."""
+    """The demo's settings: 20 % sparsity, in minutes on two cores."""
     return PruneConfig(
         sparsity=0.2,
         steps=steps,
         batch_size=2,
         seq_len=256,
         seed=seed,
-        # In so short a run better than the default, for the baselines too: docs/experiments.md.
+        # Better than the default in so short a run, for the baselines too: docs/experiments.md.
         learning_rate=2e-3,
         logging_steps=5,
         device="cpu",
@@ -88,7 +88,7 @@ def compare(dense: JsonObject, pruned: JsonObject, difference: Difference) -> li
 
 
 def table(rows: Sequence[Row], head: Row = ("", "dense", "pruned")) -> str:
-    """Rows under a head, in columns: the first to the left, the others to the right."""
+    """Rows under a head; the first column is aligned left, the others right."""
     everything = [head, *rows]
     widths = [max(len(row[i]) for row in everything) for i in range(len(head))]
 
@@ -114,14 +114,14 @@ def continuation(
 
 
 def peak_bytes() -> int:
-    """Most memory this process has held at once; the system counts in KiB, macOS in bytes."""
+    """Peak resident memory of this process in bytes; Linux reports KiB, macOS bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
         1 if sys.platform == "darwin" else 1024
     )
 
 
 def demonstrate(out: Path, steps: int, seed: int = 0) -> RunRecord:
-    """What `maskprune prune` does, to `out`; then measure both models and say so in the record."""
+    """Run `maskprune prune` on the demo model into `out`, then add measurements to its record."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
@@ -136,11 +136,11 @@ def demonstrate(out: Path, steps: int, seed: int = 0) -> RunRecord:
     pruned, _ = load_model(out, device="cpu")
     models = {"dense": dense, "pruned": pruned}
     speeds = throughput(models)
-    for name, found in (("dense", record.dense), ("pruned", record.pruned)):
+    for name, facts in (("dense", record.dense), ("pruned", record.pruned)):
         print(f"measuring perplexity, {name}", file=sys.stderr)
         ppl = perplexity(models[name], tokenizer, held_out, WINDOW, limit=WINDOWS)["ppl"]
-        found |= {"ppl": ppl} | speeds[name]
-        found["texts"] = {p: continuation(models[name], tokenizer, p) for p in PROMPTS}
+        facts |= {"ppl": ppl} | speeds[name]
+        facts["texts"] = {p: continuation(models[name], tokenizer, p) for p in PROMPTS}
     record.perplexity = {
         "data": f"held-out text of the demo, the first {WINDOWS} windows",
         "seq_len": WINDOW,
@@ -175,8 +175,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     for prompt in PROMPTS:
         print(f"\n{prompt} ...")
-        for name, found in (("dense", record.dense), ("pruned", record.pruned)):
-            print(f"  {name:7}{found['texts'][prompt]}")
+        for name, facts in (("dense", record.dense), ("pruned", record.pruned)):
+            print(f"  {name:7}{facts['texts'][prompt]}")
     print(f"\ncheckpoint  {given.out}/\nreport      {report(given.out)}")
     took, most = record.details["seconds"] / 60, record.details["peak_bytes"] / 1e9
     print(f"took {took:.1f} min, at most {most:.1f} GB of memory")

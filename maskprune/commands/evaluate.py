@@ -108,9 +108,9 @@ def perplexity(
     gives such a tokenizer's BOS twice). Else a window predicts all but its first token.
 
     Args:
-        model: a causal LM; its device is used, its mode is put back.
+        model: a causal LM; runs on its device, and its mode is restored.
         source: what `data.read_text` takes; a text itself is given as [text].
-        limit: at most this many windows, the first.
+        limit: use only the first `limit` windows.
         dtype: run under autocast in this type; None: as the model is.
 
     Returns:
@@ -171,7 +171,7 @@ def perplexity(
 
 
 def _nll(logits: torch.Tensor, targets: torch.Tensor) -> float:
-    # In pieces: float32 copies of all logits would be several times the model's own.
+    # In pieces: float32 copies of all logits would be several times as large as the model's own.
     total = torch.zeros((), dtype=torch.float64, device=logits.device)
     pieces = zip(logits.split(ROWS_PER_LOSS), targets.split(ROWS_PER_LOSS), strict=True)
     for rows, labels in pieces:
@@ -205,7 +205,7 @@ def run_tasks(
 
     Raises:
         RuntimeError: lm-eval is not installed, or a task's data cannot be fetched.
-        ValueError: an unknown task, with near names.
+        ValueError: an unknown task; names similar ones.
     """
     lm_eval = _lm_eval()
     from lm_eval.models.huggingface import HFLM
@@ -226,7 +226,7 @@ def run_tasks(
     device = str(next(model.parameters()).device)
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=device)
     try:
-        found = lm_eval.simple_evaluate(
+        output = lm_eval.simple_evaluate(
             model=lm,
             tasks=names,
             num_fewshot=num_fewshot,
@@ -241,7 +241,7 @@ def run_tasks(
             f"the data of {', '.join(names)} could not be read ({reason}); offline, give a YAML "
             "file whose data_files are local"
         ) from None
-    samples = found.get("n-samples", {})
+    samples = output.get("n-samples", {})
     return {
         task: {
             key.removesuffix(",none").replace(",none", ""): value
@@ -249,7 +249,7 @@ def run_tasks(
             if isinstance(value, int | float) and key != "sample_len"
         }
         | {"samples": samples.get(task, {}).get("effective")}
-        for task, metrics in found["results"].items()
+        for task, metrics in output["results"].items()
     }
 
 
@@ -263,10 +263,10 @@ def _local_tasks(tasks: Sequence[str]) -> tuple[list[str], dict[str, Path]]:
         if not path.is_dir() and path.suffix not in (".yaml", ".yml"):
             names.append(task.strip())
             continue
-        found = [(name, file) for file in files if (name := _task_name(file))]
-        if not found:
+        named = [(name, file) for file in files if (name := _task_name(file))]
+        if not named:
             raise ValueError(f"{path} holds no lm-eval task (no line `task: name` in any YAML)")
-        for name, file in found:
+        for name, file in named:
             names.append(name)
             folders[name] = file.absolute().parent
     return names, folders
@@ -276,8 +276,8 @@ def _task_name(file: Path) -> str | None:
     # Not a YAML parser: lm-eval's files hold !function tags that only its own loader knows.
     if not file.is_file():
         raise ValueError(f"task file {file} does not exist; give a path or an lm-eval task name")
-    found = re.search(r"^task:\s*[\"']?([^\s\"'#]+)", file.read_text(encoding="utf-8"), re.M)
-    return found.group(1) if found else None
+    match = re.search(r"^task:\s*[\"']?([^\s\"'#]+)", file.read_text(encoding="utf-8"), re.M)
+    return match.group(1) if match else None
 
 
 def _lm_eval() -> ModuleType:

@@ -1,4 +1,4 @@
-"""The pictures of a run, drawn from its masks and its trace; numbered as the figures of MaskPrune.
+"""The plots of a run, drawn from its masks and its trace; figure numbers are those of MaskPrune.
 
 Every function returns a matplotlib Figure. Colours are Okabe and Ito's and cividis, which people
 with any kind of colour vision tell apart.
@@ -51,7 +51,7 @@ Trace = Sequence[Mapping[str, object]]
 
 @dataclass(frozen=True)
 class Curve:
-    """A key of the trace as a line; `reference` lines are drawn beside others only."""
+    """A key of the trace as a line; a `reference` line is drawn only beside others."""
 
     key: str
     label: str
@@ -64,8 +64,8 @@ class Curve:
 class Panel:
     """Curves over the steps on one pair of axes.
 
-    log_from: draw on a log axis, on which smaller values are drawn as this one. until_lock: what
-    the lock of the shape ends, and would be flat from there. noise: a level to compare with.
+    log_from: use a log axis and draw smaller values as this one. until_lock: stop where the shape
+    becomes final, since the curves are flat from there. noise: the level of pure noise.
     """
 
     title: str
@@ -150,13 +150,13 @@ LEARNING = (
 )
 SETTLING = (
     Panel(
-        "How sure the masks are",
+        "How certain the masks are",
         "Probability, mean over groups",
         (Curve("max_prob", "most likely candidate", BLUE),),
         from_zero=True,
     ),
     Panel(
-        "How restless the masks are",
+        "How much the masks change",
         "Share of groups that changed",
         (Curve("changed", "since the last logged step", ORANGE),),
         from_zero=True,
@@ -188,20 +188,17 @@ def series(trace: Trace, key: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def lines(trace: Trace, panel: Panel) -> list[tuple[Curve, np.ndarray, np.ndarray]]:
-    """The curves of a panel that say something, with (steps, values): points that differ.
-
-    A curve that repeats another one of the panel is left out too.
-    """
+    """The curves of a panel with their (steps, values), without flat and repeated ones."""
     if panel.until_lock and (lock := _lock(trace)) is not None:
         trace = trace[: lock + 1]
-    found: list[tuple[Curve, np.ndarray, np.ndarray]] = []
+    shown: list[tuple[Curve, np.ndarray, np.ndarray]] = []
     for curve in panel.curves:
         steps, values = series(trace, curve.key)
         flat = len(steps) < 3 or np.ptp(values) == 0
-        again = any(np.array_equal(values, other) for _, _, other in found)
-        if (curve.reference and found and len(steps)) or not (flat or again):
-            found.append((curve, steps, values))
-    return found
+        again = any(np.array_equal(values, other) for _, _, other in shown)
+        if (curve.reference and shown and len(steps)) or not (flat or again):
+            shown.append((curve, steps, values))
+    return shown
 
 
 def _lock(trace: Trace) -> int | None:
@@ -211,15 +208,15 @@ def _lock(trace: Trace) -> int | None:
 
 def curves(trace: Trace, panels: Sequence[Panel]) -> Figure | None:
     """Panels side by side, those without a curve left out; None where there is none at all."""
-    drawn = [(panel, found) for panel in panels if (found := lines(trace, panel))]
+    drawn = [(panel, shown) for panel in panels if (shown := lines(trace, panel))]
     if not drawn:
         return None
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10 if len(drawn) > 2 else 9, 3.6))
         axes = np.atleast_1d(figure.subplots(1, len(drawn)))
-        for axis, (panel, found) in zip(axes, drawn, strict=True):
-            _draw(axis, panel, found)
-            # At the end of a panel that the lock ends, the line would say nothing.
+        for axis, (panel, shown) in zip(axes, drawn, strict=True):
+            _draw(axis, panel, shown)
+            # A panel that ends where the shape is final needs no line there.
             if (lock := _lock(trace)) and not panel.until_lock:
                 steps, _ = series(trace, "step")
                 axis.axvline(steps[lock], color=GREY, lw=1, ls=":", label="shape final", zorder=0)
@@ -229,8 +226,8 @@ def curves(trace: Trace, panels: Sequence[Panel]) -> Figure | None:
     return figure
 
 
-def _draw(axis: Axes, panel: Panel, found: Sequence[tuple[Curve, np.ndarray, np.ndarray]]) -> None:
-    for curve, steps, values in found:
+def _draw(axis: Axes, panel: Panel, shown: Sequence[tuple[Curve, np.ndarray, np.ndarray]]) -> None:
+    for curve, steps, values in shown:
         if panel.log_from is not None:
             values = np.maximum(values, panel.log_from)
         style = "--" if curve.reference else "-"
@@ -258,12 +255,12 @@ def is_binary(mask: np.ndarray) -> bool:
 def heatmap(mask: np.ndarray, unit: str) -> Figure:
     """Mask values by layer and unit (Figures 7 and 8); pruned units in light grey.
 
-    Few units are drawn where they lie, with their values. Of many, every n-th is drawn where it
-    lies; where masks are more than 0 and 1, all are drawn a second time, sorted.
+    Few units are drawn in place, with their values. Of many, every n-th is drawn in place; where
+    masks are not all 0 or 1, all are drawn a second time, sorted.
 
     Args:
         mask: (L, N) in [0, 1].
-        unit: what a column is, in the plural.
+        unit: name of the units, in the plural.
     """
     layers, units = mask.shape
     every, binary = -(-units // WIDEST), is_binary(mask)

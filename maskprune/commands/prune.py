@@ -38,16 +38,16 @@ def plan_prune(name: str, settings: PruneConfig) -> Plan:
 
 
 def run_prune(files: PruneFiles, settings: PruneConfig, *, anew: bool = False) -> RunRecord | None:
-    """`maskprune prune`: writes the folder `files.output`, gives back what its record holds.
+    """`maskprune prune`: writes the folder `files.output` and returns its record.
 
     Args:
-        anew: give up a run in progress there.
+        anew: discard a run in progress there.
 
     Returns:
         RunRecord; None on ranks other than 0, which write nothing.
 
     Raises:
-        ValueError: anything that cannot work, before anything is written.
+        ValueError: inputs or settings that cannot work, before anything is written.
     """
     torch_device(settings.device)
     start(settings.device)

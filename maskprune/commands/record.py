@@ -1,4 +1,4 @@
-"""What a run leaves behind beside the weights: its record, its model card, the proof of both."""
+"""What a run writes beside the weights: its record, its model card, and a proof of the weights."""
 
 from __future__ import annotations
 
@@ -29,13 +29,16 @@ RECORD_FILE = "maskprune.json"
 
 @dataclass
 class RunRecord:
-    """A run in `maskprune.json` and in the model card.
+    """A run, as `maskprune.json` and the model card describe it.
 
-    format: `maskprune-run` or `maskprune-two-four`. difference: of the masked model's logits and
-    the exported one's on `tokens_compared` tokens; None where no mask was trained. dense, pruned:
-    shape and cost before and after. card_only: keys of `model_card` that the file has elsewhere.
-    details: what this kind of run alone has to say, each as a key of the file. summary: what the
-    user is told.
+    Attributes:
+        format: `maskprune-run` or `maskprune-two-four`.
+        difference: of the masked model's logits from the exported one's, on `tokens_compared`
+            tokens; None where no mask was trained.
+        dense, pruned: shape and cost before and after.
+        details: keys of the file that only this kind of run has.
+        card_only: keys of `model_card` that the file has elsewhere.
+        summary: what the command prints.
     """
 
     format: str
@@ -59,7 +62,7 @@ class RunRecord:
     machine: str = field(default_factory=lambda: machine())
 
     def content(self) -> JsonObject:
-        """What `maskprune.json` holds; parts that the run has nothing of are left out."""
+        """The content of `maskprune.json`, without empty parts."""
         known = {f: getattr(self, f) for f in ("format", "model", "method", "data")}
         known["settings"] = asdict(self.settings) if self.settings else None
         for name in ("seed", "steps", "versions", "machine", "model_class"):
@@ -103,7 +106,7 @@ class RunRecord:
 
 
 def sizes(cost: Cost) -> JsonObject:
-    """A cost as the record and the card have it."""
+    """A cost under the keys of the record and the card."""
     return vars(cost.shape) | {
         "parameters": cost.parameters,
         "bytes": cost.bytes,
@@ -154,10 +157,10 @@ def save_proven(
     tokenizer: PreTrainedTokenizerBase,
     max_shard_size: int | str,
 ) -> None:
-    """Write a stock checkpoint of `model`, require equal logits of it read back, and its record.
+    """Write a stock checkpoint of `model`, prove it by reading it back, and write its record.
 
     Raises:
-        RuntimeError: the logits of what was read back differ in any bit.
+        RuntimeError: the reloaded model's logits differ in any bit.
     """
     where = Path(resolve_model(record.model))
     save_stock(

@@ -1,4 +1,4 @@
-"""A run as a page to read: its plots and tables."""
+"""A run as one HTML page: its plots and tables."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def _lead(info: JsonObject, trace: Sequence[JsonObject]) -> str:
 
 
 def _changed(info: JsonObject, masks: Masks | None, trace: Sequence[JsonObject]) -> Iterator[str]:
-    """What the run made of the model: sizes, quality and proof, and what training was good for."""
+    """How the run changed the model: sizes, quality, proof, and the effect of training."""
     dense = dict(info.get("dense") or (vars(masks.shape) if masks else {}))
     pruned = dict(info.get("pruned") or info.get("shape") or {})
     perplexity = info.get("perplexity") or {}
@@ -179,7 +179,7 @@ def _changed(info: JsonObject, masks: Masks | None, trace: Sequence[JsonObject])
         window = f", windows of {perplexity['seq_len']}" if perplexity.get("seq_len") else ""
         said.append(f"Perplexity is of {perplexity.get('data', 'held-out text')}{window}.")
     elif pruned:
-        said.append("Perplexity was not measured: `maskprune eval` does, of both models.")
+        said.append("Perplexity was not measured; `maskprune eval` measures it for each model.")
     if proof := info.get("logits_masked_against_exported"):
         said.append(
             f"The checkpoint's logits differ from the masked model's by at most "
@@ -215,7 +215,7 @@ def _after_lock(trace: Sequence[JsonObject]) -> str | None:
     if not math.isfinite(first - last):
         return None
     if abs(first - last) <= 3 * noise:
-        verdict = "no more than batches differ, so whether it helped cannot be told"
+        verdict = "no more than batches differ, so it is unclear whether it helped"
     else:
         verdict = "so it helped" if last < first else "so it did harm"
     return (
@@ -248,7 +248,7 @@ def _learned(info: JsonObject, trace: Sequence[JsonObject]) -> Iterator[str]:
 def _sections(
     info: JsonObject, trace: Sequence[JsonObject], masks: Masks | None
 ) -> Iterator[tuple[str, str, str, Figure]]:
-    """(file name, heading, caption, figure) of everything that the run has something to show of."""
+    """(file name, heading, caption, figure) of every plot that the run has data for."""
     from maskprune.commands import plots
 
     # One column per unit that is cut, one row per layer, for both units of head pruning.
@@ -276,7 +276,7 @@ def _sections(
         yield (
             f"{stem}_heatmap",
             f"Masks of {unit}, by layer",
-            "Every mask is 0 or 1: units are kept as they are, or gone."
+            "Every mask is 0 or 1: units are kept as they are, or removed."
             if binary
             else f"{inside:.0%} of the {unit} kept have a mask below 0.99: they are scaled, and "
             "the scale is folded into the weights.",
@@ -294,8 +294,8 @@ def _sections(
     against = (
         "The loss that was fitted, without the reward for kept weights"
         if two_four
-        else "How far the model is from the unpruned one on the same tokens: KL, and where it is "
-        "asked for the error of hidden states"
+        else "How far the model is from the unpruned one on the same tokens: KL and, if asked for, "
+        "the error of hidden states"
     )
     for panels, stem, heading, caption in (
         (
@@ -330,14 +330,14 @@ def _sections(
             plots.DUALS,
             "duals",
             "Dual variables",
-            "y presses the masks of pruned units to 0 in every layer alike, z presses R to R*.",
+            "y pushes the masks of pruned units to 0 in every layer alike, z pushes R to R*.",
         ),
         (
             plots.SETTLING,
             "settling",
             "How the 2:4 masks settle",
             "The probability of the most likely candidate of a group, without noise, and the share "
-            "of groups whose most likely candidate is another than a logged step before.",
+            "of groups whose most likely candidate differs from that of the logged step before.",
         ),
     ):
         if figure := plots.curves(trace, panels):

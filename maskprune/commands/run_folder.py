@@ -27,7 +27,7 @@ from maskprune.training.interrupt import Interrupted, stop_on_signals
 
 C4 = "allenai/c4:en:train"
 INPUTS_FILE = "settings.json"
-# What a resumed run may have otherwise: the result does not depend on it.
+# Settings that may differ in a resumed run: the result does not depend on them.
 MAY_CHANGE = ("save_steps", "logging_steps", "device", "shard", "targets")
 
 
@@ -39,7 +39,7 @@ def claim_output(files: RunFiles, *also_read: str | None) -> Iterator[Path]:
         also_read: inputs beside MODEL and DATA, which OUT must not hold either.
 
     Raises:
-        ValueError: it stands, cannot be written, holds what must stay, or another run writes it.
+        ValueError: it exists, cannot be written, holds an input, or another run writes it.
         Interrupted: SIGTERM or SIGINT came.
         RuntimeError: the disk is full.
     """
@@ -57,7 +57,7 @@ def claim_output(files: RunFiles, *also_read: str | None) -> Iterator[Path]:
         except (OSError, RuntimeError, SafetensorError) as error:
             if not _disk_is_full(error):
                 raise
-            kept = f"; {run_folder(out)} keeps a checkpoint, go on with --resume"
+            kept = f"; {run_folder(out)} keeps a checkpoint, continue with --resume"
             raise RuntimeError(
                 f"no space is left on the disk of {out}; free some and run it again"
                 + (kept if newest(run_folder(out)) else "")
@@ -74,20 +74,20 @@ def _disk_is_full(error: Exception) -> bool:
 
 
 def run_folder(out: Path) -> Path:
-    """Where a run in progress keeps its checkpoints and trace; removed when OUT is there."""
+    """Where a run in progress keeps its checkpoints and trace; removed once OUT is written."""
     return out.parent / f"{out.name}.run"
 
 
 def claim_run_folder(out: Path, inputs: JsonObject, *, resume: bool, anew: bool = False) -> Path:
-    """The run folder of OUT: not there, or with the run that `resume` continues.
+    """The run folder of OUT: it does not exist yet, or holds the run that `resume` continues.
 
     Args:
-        inputs: what a resumed run must have in common with its first part.
+        inputs: from `run_inputs`; a resumed run must have the same.
         anew: remove a run in progress.
 
     Raises:
-        ValueError: a run is in progress, there is none to resume, or its settings or inputs were
-            others; or the folder is not a run's.
+        ValueError: a run is in progress, there is none to resume, or it has other settings or
+            inputs; or the folder holds other files.
     """
     run = run_folder(out)
     if not run.exists():
@@ -101,7 +101,7 @@ def claim_run_folder(out: Path, inputs: JsonObject, *, resume: bool, anew: bool 
         )
     checkpoint = newest(run)
     if resume and checkpoint is None:
-        raise ValueError(f"{run} has no whole checkpoint to go on from; start without --resume")
+        raise ValueError(f"{run} has no whole checkpoint to continue from; start without --resume")
     if resume:
         _require_same(run, inputs)
     elif checkpoint is not None and not anew:
@@ -116,7 +116,7 @@ def _require_same(run: Path, now: JsonObject) -> None:
         saved = json.loads((run / INPUTS_FILE).read_text())
     except (OSError, json.JSONDecodeError):
         raise ValueError(
-            f"{run} does not say what run it is of ({INPUTS_FILE} is broken), so it cannot go on; "
+            f"{run} cannot be continued: its {INPUTS_FILE}, which names the run, is broken; "
             "choose another output folder, or move that one away"
         ) from None
     compared = [k for k in now if k not in MAY_CHANGE and k in saved]
@@ -140,14 +140,13 @@ def _same_place(name: str | None) -> str | None:
 
 @contextlib.contextmanager
 def open_run_folder(run: Path, inputs: JsonObject, blocks: torch.Tensor | None) -> Iterator[None]:
-    """Make the run folder and note the inputs in it; at the end of the context it is removed.
+    """Make the run folder and write the inputs into it; remove it when the context ends.
 
-    An error or signal leaves it where it has a whole checkpoint to go on from.
+    After an error or signal it stays if it has a whole checkpoint to continue from. Only rank 0
+    does any of this.
 
     Args:
         blocks: (n, T) int64 token blocks; a resumed run must read the same ones.
-
-    Of several processes, rank 0 does.
     """
     if rank() > 0:
         yield
@@ -168,7 +167,7 @@ def open_run_folder(run: Path, inputs: JsonObject, blocks: torch.Tensor | None) 
         if isinstance(error, KeyboardInterrupt):
             said = "nothing was kept, no checkpoint was saved yet"
             if checkpoint is not None:
-                said = f"{checkpoint} is saved, go on from it with --resume"
+                said = f"{checkpoint} is saved, continue from it with --resume"
             first = str(error) or "interrupted"
             raise Interrupted(getattr(error, "signum", 2), f"{first}; {said}") from None
         raise
@@ -213,7 +212,7 @@ def _only_config(name: str) -> bool:
 
 
 def training_text(name: str, data: str | None) -> tuple[Source, str]:
-    """DATA, or what stands in for it, and its name: the demo model's own text, C4 for others."""
+    """DATA and its name; by default the demo's own text for the demo model, C4 for others."""
     if data is not None:
         return data, data
     return (demo_text()[0], TEXT_NAME) if name == MODEL_NAME else (C4, C4)

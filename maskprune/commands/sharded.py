@@ -1,5 +1,4 @@
-"""The output of a run whose model no process holds whole: written from disk to disk, by one
-process, and proven by all of them together."""
+"""The output of a sharded run: one process writes it from disk to disk, all prove it together."""
 
 from __future__ import annotations
 
@@ -25,8 +24,7 @@ from maskprune.training.sharding import adapter_weights, device_of_run, shard_bl
 
 
 def require_streamable(name: str, config: PreTrainedConfig, settings: PruneConfig) -> None:
-    """Refuse a MODEL that could be trained over several processes, but not written tensor by
-    tensor.
+    """Refuse, before training, a MODEL that cannot be written tensor by tensor.
 
     Raises:
         ValueError: says why.
@@ -38,7 +36,7 @@ def require_streamable(name: str, config: PreTrainedConfig, settings: PruneConfi
 
 
 def require_two_four_streamable(name: str) -> None:
-    """The same of `sparsify`.
+    """The same for `sparsify`.
 
     Raises:
         ValueError: says why.
@@ -64,7 +62,7 @@ def require_safetensors(name: str) -> Path:
 def write_pruned(
     result: PruneResult, name: str, folder: Path, max_shard_size: str, arch_fallback: str
 ) -> PreTrainedConfig:
-    """Write masks, adapter and the stock checkpoint that they make of MODEL; its config.
+    """Write masks, adapter and the stock checkpoint that they make of MODEL; returns its config.
 
     Every process calls it; rank 0 writes.
     """
@@ -104,7 +102,7 @@ def prove(masked: PreTrainedModel, folder: Path, ids: torch.Tensor) -> Differenc
         ids: (n, T) token ids on the model's device.
 
     Raises:
-        RuntimeError: they are further apart than rounding of what is stored explains.
+        RuntimeError: they are further apart than rounding in the stored dtype explains.
     """
     device = device_of_run(masked, True)
     stored = {TORCH_DTYPES.get(t.dtype, masked.dtype) for t in read_checkpoint(folder).values()}

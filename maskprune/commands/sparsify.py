@@ -31,13 +31,13 @@ from maskprune.two_four.patterns import MASKS_FILE, apply_masks, load_masks, sav
 
 
 def run_sparsify(files: SparsifyFiles, settings: SparsifyConfig) -> RunRecord | None:
-    """`maskprune sparsify`: writes the folder `files.output`, gives back what its record holds.
+    """`maskprune sparsify`: writes the folder `files.output` and returns its record.
 
     Returns:
         RunRecord; None on ranks other than 0, which write nothing.
 
     Raises:
-        ValueError: anything that cannot work, before anything is written.
+        ValueError: inputs or settings that cannot work, before anything is written.
     """
     if files.masks is not None and rank() > 0:
         return None
@@ -128,7 +128,7 @@ def _run(files: SparsifyFiles, settings: SparsifyConfig, out: Path) -> RunRecord
 
 
 def _apply(files: SparsifyFiles, out: Path, masks_from: str, settings: SparsifyConfig) -> RunRecord:
-    """Masks from a file onto MODEL: what somebody else learned, on one's own copy."""
+    """Apply the masks of a file to MODEL, without training."""
     masks, metadata = load_masks(masks_from)
     model, tokenizer = load_model(files.model, dtype=settings.dtype, device=settings.device)
     apply_masks(model, masks)

@@ -41,7 +41,7 @@ class Difference:
 
 @torch.no_grad()
 def hidden_states_of(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """A model's last hidden states (B, T, d) on `input_ids` (B, T), sequence by sequence, in eval."""
+    """A model's last hidden states (B, T, d) on `input_ids` (B, T), one by one, in eval mode."""
     training = model.training
     model.eval()
     hidden = [last_hidden_states(model, ids) for ids in input_ids.split(1)]

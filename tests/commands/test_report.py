@@ -200,7 +200,7 @@ def test_masks_of_0_and_1_and_kinds_that_lost_nothing_have_no_histogram(run):
     masks.ffn.data.copy_((masks.ffn > 0).float())
     masks.save(run / "masks.safetensors")
     text = report(run).read_text(encoding="utf-8")
-    assert "Every mask is 0 or 1: units are kept as they are, or gone." in text
+    assert "Every mask is 0 or 1: units are kept as they are, or removed." in text
     assert "Distribution of" not in text and "KV groups" not in text
 
 
@@ -255,7 +255,7 @@ def test_a_run_without_a_ranking_has_nothing_moved(run):
     [
         (lambda t: 2.0 - 0.02 * t, "so it helped"),
         (lambda t: 1.0 + 0.02 * t, "so it did harm"),
-        (lambda t: 1.0 + 0.3 * (t % 2), "whether it helped cannot be told"),
+        (lambda t: 1.0 + 0.3 * (t % 2), "it is unclear whether it helped"),
     ],
 )
 def test_the_page_says_whether_training_after_the_lock_helped(run, loss, verdict):

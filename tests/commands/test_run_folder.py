@@ -185,7 +185,7 @@ def test_a_disk_that_fills_up_is_one_line(when, place, capsys, monkeypatch):
         assert prune(place, out="small/out") == 2
         line = said(capsys)
         assert "no space is left on the disk of" in line and "free some" in line
-        assert ("go on with --resume" in line) == (when == "at the end")
+        assert ("continue with --resume" in line) == (when == "at the end")
         assert not (folder / "out").exists()
         if when == "at the end":
             (folder / "ballast").unlink()
@@ -214,7 +214,7 @@ def test_sigterm_saves_a_checkpoint_and_the_run_goes_on(place):
     code, err = run_until("out.run/trace.jsonl", place, signal.SIGTERM, command)
     assert code == 128 + signal.SIGTERM
     (line,) = [x for x in err.splitlines() if x.startswith("maskprune prune")]
-    assert "stopped by SIGTERM" in line and "go on from it with --resume" in line
+    assert "stopped by SIGTERM" in line and "continue from it with --resume" in line
     assert listing(place) == ["model", "out.run", "text.jsonl"]
     assert prune(place, *steps, "--resume") == 0
     trace = (place / "out" / "maskprune" / "trace.jsonl").read_text().splitlines()
@@ -252,7 +252,7 @@ def stopped(place: Path, monkeypatch, step: int = 12) -> None:
 
 def test_what_a_resumed_run_may_and_may_not_change(place, capsys, monkeypatch):
     stopped(place, monkeypatch)
-    assert "go on from it with --resume" in said(capsys)
+    assert "continue from it with --resume" in said(capsys)
     text = (place / "text.jsonl").read_text()
     write_text(place / "text.jsonl", documents=50)
     assert prune(place, "--resume") == 2
@@ -272,7 +272,7 @@ def test_resume_without_a_whole_checkpoint_says_so(place, capsys, monkeypatch):
     said(capsys)
     (place / "out.run" / "checkpoint-8" / "complete.json").unlink()
     assert prune(place, "--resume") == 2
-    assert "has no whole checkpoint to go on from; start without --resume" in said(capsys)
+    assert "has no whole checkpoint to continue from; start without --resume" in said(capsys)
     assert prune(place) == 0
 
 

@@ -251,7 +251,7 @@ def test_a_signal_stops_all_ranks_after_one_step_with_a_checkpoint(place, ranks)
     assert codes == [128 + signal.SIGTERM] * 2, said(place / "first")
     lines = [line for line in said(place / "first").splitlines() if line.startswith("maskprune")]
     assert len(lines) == 1 and "stopped by SIGTERM; " in lines[0], lines
-    assert "is saved, go on from it with --resume" in lines[0]
+    assert "is saved, continue from it with --resume" in lines[0]
     assert not (place / "first" / "err.1").read_text()
     (checkpoint,) = (place / "out.run").glob("checkpoint-*")
     assert (checkpoint / "complete.json").exists() and not (place / "out").exists()
