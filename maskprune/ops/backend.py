@@ -15,7 +15,7 @@ from torch.compiler import is_dynamo_compiling
 
 
 class Backend(StrEnum):
-    """What can run an operation; its argument `backend` takes one of these, or "auto"."""
+    """The implementations of an operation; its argument `backend` takes one of these, or "auto"."""
 
     REFERENCE = "reference"
     CPP = "cpp"
@@ -32,7 +32,7 @@ PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 BUILD_COMMAND = "MASKPRUNE_REQUIRE_EXT=1 pip install --force-reinstall --no-deps ."
 
 
-# Kept, found or not: the import system is slow to ask at every call of a small operation.
+# Cached, found or not: a failed import costs more than a small operation.
 @functools.cache
 def extension() -> ModuleType | None:
     """The compiled module `maskprune._C`, or None where it was not built."""

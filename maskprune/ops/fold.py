@@ -1,4 +1,4 @@
-"""Fold a mask into the columns of a weight that stay, and take the rows that stay.
+"""Fold a mask into the kept columns of a weight, and take its kept rows.
 
 Letters: O rows, I columns, K kept. Fold of MaskPrune (arXiv 2502.14008, section 3.2) with the mask
 in W_O and W_down, whose columns are the pruned units: exact for the printed forward.
@@ -34,7 +34,7 @@ def fold_columns(
     Raises:
         TypeError: a dtype that is not listed.
         ValueError: shapes or indices that do not fit.
-        RuntimeError: an explicit backend that is not there.
+        RuntimeError: an explicit backend that is not available here.
     """
     _check_weight("fold_columns", weight)
     _check_keep("fold_columns", keep, weight, weight.shape[-1], "columns")
@@ -82,7 +82,7 @@ def gather_rows(weight: torch.Tensor, keep: torch.Tensor, *, backend: str = "aut
     Raises:
         TypeError: a dtype that is not listed.
         ValueError: shapes or indices that do not fit.
-        RuntimeError: an explicit backend that is not there.
+        RuntimeError: an explicit backend that is not available here.
     """
     _check_weight("gather_rows", weight)
     _check_keep("gather_rows", keep, weight, weight.shape[0] if weight.dim() else 0, "rows")

@@ -55,11 +55,11 @@ def gumbel_two_four(
             the order 1100, 1010, 1001, 0110, 0101, 0011; made contiguous if it is not.
         seed: int, or 0-dim int64 tensor; either has the 64 bits of int64.
         kappa, tau: floats, or 0-dim tensors of the dtype of `logits`, whose values are not checked:
-            the caller sees to kappa >= 0 and tau >= 2^-100.
+            the caller ensures kappa >= 0 and tau >= 2^-100.
         backend: "auto", "reference", "cpp" or "triton"; `auto` leaves float64 to the reference.
 
     Tensors are on one device. The host never waits for a CUDA device. There a number is first
-    written to a tensor, by a kernel of its own: in a loop over layers, pass tensors.
+    written to a tensor, by its own kernel launch: in a loop over layers, pass tensors.
 
     Returns:
         masked: (O, I), contiguous, the dtype of W.
@@ -125,7 +125,7 @@ def gumbel_two_four(
 def _scalar(
     name: str, value: float | torch.Tensor, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """0-dim, on the device; a number gets there without a copy that would wait for it."""
+    """The value as a 0-dim tensor on the device, without a copy that waits for the device."""
     if not isinstance(value, torch.Tensor):
         return torch.full((), value, dtype=dtype, device=device)
     if value.dim() or value.dtype != dtype:

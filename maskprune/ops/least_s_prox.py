@@ -17,7 +17,7 @@ ISAS = ("auto", "avx512", "avx2", "portable")
 
 
 class LeastS(NamedTuple):
-    """What the step leaves behind, per row; both are NaN for a row it refused to touch."""
+    """Results of the step, (R,) float32 each; both are NaN for a row that it left as it was."""
 
     sum_sq: torch.Tensor
     next_sq: torch.Tensor
@@ -53,8 +53,8 @@ def least_s_prox_(
         N = 0. float32; equal across backends to float32 rounding of the sum, next_sq to the bit.
 
     Raises:
-        ValueError: a shape, a device or a layout that is not the above, or an unknown backend.
-        TypeError: a dtype that is not the above.
+        ValueError: another shape, device or layout than the above, or an unknown backend.
+        TypeError: another dtype than the above.
         RuntimeError: an explicit backend that is not available here.
 
     Source: MaskPrune, arXiv 2502.14008, Algorithm 1, the proximal step.

@@ -1,4 +1,4 @@
-"""KL of two models' next-token distributions from hidden states, by a few rows of logits at a time.
+"""KL of two models' next-token distributions from hidden states, a few rows of logits at a time.
 
 Legend: h (n, d) hidden states - W (V, d) and b (V,) the head - z = cap(scale * (h W^T + b)) logits,
 cap(z) = softcap * tanh(z / softcap) - p, q = softmax of the student's and the teacher's z.
@@ -12,7 +12,7 @@ from torch.nn import functional
 from maskprune.choices import KL_DIRECTIONS, require_choice
 from maskprune.ops.register import Context, Inputs, register
 
-# Of one chunk's logits in the dtype they are computed in; three or four of that size are alive.
+# Size of one chunk's logits in the dtype they are computed in; three or four such are in memory.
 CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}
 
 
@@ -29,17 +29,17 @@ def linear_kl(
 ) -> torch.Tensor:
     """mean over tokens of KL(q || p), in nats; or of KL(p || q).
 
-    The head is frozen, so the gradient by the student's hidden states is made in the forward, chunk
-    by chunk, and (n, V) logits never exist; there is no second derivative. Matrix products run in
-    the dtype of the hidden states, under autocast in autocast's; everything else in float32, in
-    float64 for float64. The gradient is divided by n in the backward, so that a loss scaled for
-    float16 keeps it.
+    The head is frozen, so the gradient with respect to the student's hidden states is computed in
+    the forward, chunk by chunk, and (n, V) logits never exist; there is no second derivative.
+    Matrix products run in the dtype of the hidden states, under autocast in autocast's; everything
+    else in float32, in float64 for float64. The gradient is divided by n in the backward, so that a
+    loss scaled for float16 keeps it.
 
     Args:
         student_hidden, teacher_hidden: (..., d), one dtype; the gradient goes to the student only.
         weight: (V, d), and bias: (V,) or None, of the head that both share; without gradient.
         scale: multiplies the logits (Cohere, Granite).
-        softcap: limit of the logits (Gemma); None: none.
+        softcap: limit of the logits (Gemma); None: no limit.
         direction: `teacher_student`, KL(q || p), or `student_teacher`, KL(p || q).
         chunk: tokens at once; None: as many as make `CHUNK_BYTES` of logits.
 
@@ -104,7 +104,7 @@ def _check(
         )
     if not s.numel():
         raise ValueError(f"linear_kl: student_hidden is {tuple(s.shape)}; expected some tokens")
-    # Autocast is there to make one dtype of several.
+    # Autocast makes one dtype of several.
     same = torch.is_autocast_enabled(s.device.type) or s.dtype == t.dtype == weight.dtype
     if not s.is_floating_point() or not same or (bias is not None and bias.dtype != weight.dtype):
         raise TypeError(
@@ -157,7 +157,7 @@ def _capped(z: torch.Tensor, scale: float, softcap: float | None) -> torch.Tenso
 def kl_rows(
     log_p: torch.Tensor, log_q: torch.Tensor, reverse: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """KL of each row and its gradient by the student's logits; uses up its arguments.
+    """KL of each row and its gradient in the student's logits; overwrites its arguments.
 
     Args:
         log_p, log_q: (n, V) log-softmax of the student's and the teacher's logits.
@@ -187,7 +187,7 @@ def _forward(
     chunk: int,
     with_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss, and the gradient of its sum over tokens by `student`; empty where not wanted."""
+    """The loss, and the gradient in `student` of its sum over tokens; empty where not wanted."""
     work = torch.float64 if student.dtype == torch.float64 else torch.float32
     n = student.shape[0]
     gradient = torch.empty_like(student if with_gradient else student[:0])

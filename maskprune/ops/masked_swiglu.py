@@ -30,11 +30,11 @@ def masked_swiglu(
 
     Gradients, rounded once each: dgate = dout * mask * up * act'(gate), dup = dout * mask *
     act(gate), dmask[j] = sum over rows of dout * act(gate) * up - the product without the mask,
-    so a unit with mask 0 can come back. Backward keeps `gate`, `up` and `mask`, nothing new. No
+    so a unit with mask 0 can come back. Backward saves only `gate`, `up` and `mask`. No
     atomics: the same inputs on the same device give the same bits, whatever the thread count.
 
     Args:
-        gate, up: (..., F) float32, bfloat16 or float16; float64 by the reference. All strides.
+        gate, up: (..., F) float32, bfloat16 or float16; float64 by the reference. Any strides.
         mask: (F,) float32, on the same device; float64 with float64 inputs.
         activation: "silu", or "gelu_tanh" (Gemma).
         backend: "auto", "reference", "cpp" or "triton"; `auto` leaves float64 to the reference.

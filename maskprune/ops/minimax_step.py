@@ -33,7 +33,7 @@ FIELDS = (
     "shrink",
     "locked_at",
 )
-# One Triton program compares every pair of units of a head row.
+# The Triton backend's limit: one program compares every pair of units of a head row.
 TRITON_HEAD_UNITS = 128
 INDEX = {name: i for i, name in enumerate(FIELDS)}
 
@@ -48,9 +48,9 @@ class Rates:
     eta1, eta1_end: decay rate at step 0 and T, geometric between; a prox call divides by 1 + 2
     eta1 y. eta2: step of r. eta3: step of y, per unit of S. eta4: step of z / y, per unit of
     relative excess (R - R*) / (1 - R*).
-    reach: share of T over which R goes from 1 to R*; no step frees more than its part of it.
+    reach: share of T over which R goes from 1 to R*; no step frees more than 1.25 of its even part.
     interval: k of the first step; falls linearly to 1.
-    lock_gap: the relative excess at which the shape snaps to a legal one and locks.
+    lock_gap: the relative excess at which the nearest legal shape becomes final.
     scheduled: r rises linearly over `reach` to these fractions, instead of following z.
     to_head, to_ffn: the fractions that it rises to.
     """
@@ -93,7 +93,7 @@ def minimax_step_(
 
     In order: clamp m to [0, 1]; shrink the floor(s) smallest of each row (FFN rows every k-th
     step), so that no unit shrinks before it is due as a whole; r_q += eta2 (z - y mean m^2_next),
-    both scaled down alike where they would free more than a step's part of the ramp; pull R back
+    both scaled down alike where they would free more than a step may; pull R back
     to R* if it fell below; snap to the nearest legal split and lock once R is within `lock_gap`;
     y += eta3 S; z += eta4 y max(e, 1/2) with e = (R - R*) / (1 - R*), eta4 y e once locked. z
     starts at the price y m^2_next of the cheapest unit.
@@ -109,7 +109,7 @@ def minimax_step_(
             every choice and, in the scalars, to float32 rounding.
 
     Raises:
-        ValueError: a shape, device or layout that is not the above, or an unknown backend.
+        ValueError: another shape, device or layout than the above, or an unknown backend.
         TypeError: a dtype other than float32.
         RuntimeError: an explicit backend that is not available here.
 
@@ -181,7 +181,7 @@ def reference(
         if m.numel():
             r[name] = r[name].clamp(0.0, 1.0 - 1.0 / m.shape[1])
 
-    # Pull back by a common factor: it keeps the split that was learned and stays in the box.
+    # Pull back by a common factor: it keeps the learned split and stays within the bounds.
     freed = rates.a_head * r["head"] + rates.a_ffn * r["ffn"]
     back = torch.where(freed > 1.0 - R_star, (1.0 - R_star) / freed, one)
     r = {name: value * back for name, value in r.items()}
@@ -194,7 +194,7 @@ def reference(
     head_away, ffn_away = (legal_head - r["head"]).abs(), (legal_ffn - r["ffn"]).abs()
     nearest = (rates.a_head * head_away + rates.a_ffn * ffn_away).argmin()
     locking = reached & ~locked
-    # `take`, since table[nearest] would bring the index to the host.
+    # `take`, since table[nearest] would copy the index to the host.
     for name, splits, D in (("head", head_splits, D_head), ("ffn", ffn_splits, D_ffn)):
         free = torch.where(locking, splits.take(nearest) / D, r[name])
         v[f"r_{name}"] = torch.where(locked, v[f"r_{name}"], free)

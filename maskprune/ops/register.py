@@ -1,4 +1,4 @@
-"""How an operation becomes one that autograd, torch.compile and torch.export know."""
+"""Makes an operation known to autograd, torch.compile and torch.export."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-# What autograd hands from forward to backward takes any attribute; inputs are a schema's.
+# autograd's context takes any attribute; the inputs are those of the schema.
 Context = Any
 Inputs = tuple[Any, ...]
 
@@ -20,14 +20,15 @@ def register(
     gradients: Callable[..., object] | None = None,
     save: Callable[..., None] | None = None,
 ) -> None:
-    """`torch.ops.maskprune.<name>`; `fold_columns`, `gather_rows` and `minimax_step_` have none.
+    """Register `torch.ops.maskprune.<name>`.
 
-    Those have no gradient and run on real tensors outside any graph: they are plain functions.
+    `fold_columns`, `gather_rows` and `minimax_step_` are plain functions instead: they have no
+    gradient and run on real tensors outside any graph.
 
     Args:
         schema: "name(arguments) -> results" in torch's schema language.
         run: the operation, on any backend.
-        fake: the same arguments to empty results of the right shape, dtype and device.
+        fake: from the same arguments to empty results of the right shape, dtype and device.
         gradients, save: `backward` and `setup_context` of `torch.library.register_autograd`.
     """
     name, parenthesis, rest = schema.partition("(")

@@ -1,4 +1,4 @@
-"""out = x with each head times its mask, and its gradients: the masked input of o_proj."""
+"""out = x, each head multiplied by its mask, and its gradients: the masked input of o_proj."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def scale_heads(x: torch.Tensor, mask: torch.Tensor, *, backend: str = "auto") -
     roundings, 3 * 2^-8 of the value, in bfloat16.
 
     Gradients, rounded once each: dx = dout * mask, dmask[h] = sum over rows and i of dout * x -
-    the product without the mask, so a head with mask 0 can come back. Backward keeps `x` and
-    `mask`. No atomics: the same inputs on the same device give the same bits, whatever the
+    the product without the mask, so a head with mask 0 can come back. Backward saves only `x`
+    and `mask`. No atomics: the same inputs on the same device give the same bits, whatever the
     thread count.
 
     Args:
-        x: (..., H * d_h) float32, bfloat16 or float16; float64 by the reference. All strides.
+        x: (..., H * d_h) float32, bfloat16 or float16; float64 by the reference. Any strides.
         mask: (H,) float32, on the same device; float64 with float64 inputs.
         backend: "auto", "reference", "cpp" or "triton"; `auto` leaves float64 to the reference.
 
