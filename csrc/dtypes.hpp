@@ -95,7 +95,7 @@ MP_INLINE Float16 round_to(Float16, float value) {
   return {uint16_t(sign | (twice > 0xFF000000u ? Float16::quiet_nan : finite))};
 }
 
-// Rounds once; of a NaN all that is sure is that it stays one.
+// Rounds once; a NaN stays a NaN, with any sign and payload.
 template <class T>
 MP_INLINE void store(T& x, typename T::Wide value) {
   x = round_to(x, value);

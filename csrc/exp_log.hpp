@@ -25,7 +25,7 @@ MP_INLINE float exp_nonpositive(float x) {
   return x < -87.0f ? 0.0f : bit_cast<float>(bits);
 }
 
-// log(x) for normal x > 0 within 1 ulp, next to 1 too: there x - 1 is exact and leads.
+// log(x) for normal x > 0 within 1 ulp, next to 1 too: there x - 1 is exact and dominates.
 MP_INLINE float log_positive(float x) {
   const uint32_t half_root = 0x3F3504F3u;  // sqrt(1/2): the mantissa is kept within its octave
   const uint32_t above = bit_cast<uint32_t>(x) - half_root;

@@ -27,7 +27,7 @@ Columns make_columns(int64_t width, const int64_t* keep, int64_t kept, const flo
 void fold_row(const void* row, void* out, const Columns& columns, Dtype dtype, Isa isa,
               const float* row_scale = nullptr);
 
-// Denormals count: whatever flush mode the process has set is off while this lives.
+// While it lives, denormals are computed with, whatever flush mode the process has set.
 class ExactFloats {
  public:
   ExactFloats();

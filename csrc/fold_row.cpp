@@ -70,7 +70,7 @@ void gather(const T* row, T* out, const int64_t* keep, int64_t n) {
   for (int64_t j = 0; j < n; ++j) out[j] = row[keep[j]];
 }
 
-// Rounded products; returns whether one may be NaN, whose bits are then to be mended.
+// Rounded products; returns whether one may be NaN, so that mend_nans must run.
 template <class T>
 MP_INLINE bool scale(const T* in, T* out, const float* factors, int64_t n) {
   // 0, or NaN where a product is NaN or infinite. A flag would keep float64 from vectorising.
@@ -85,7 +85,7 @@ MP_INLINE bool scale(const T* in, T* out, const float* factors, int64_t n) {
 }
 
 #ifdef MP_X86
-// The same by the processor's own conversions of halves, which no compiler finds in a plain loop.
+// The same with the processor's half-float conversions, which no compiler finds in a plain loop.
 MP_AVX2 bool scale_halves(const Float16* in, Float16* out, const float* factors, int64_t n) {
   __m256 nan = _mm256_setzero_ps();
   int64_t j = 0;

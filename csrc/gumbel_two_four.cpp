@@ -15,13 +15,13 @@
 namespace maskprune {
 namespace {
 
-// So many groups pass from loop to loop, in buffers that stay in the first cache.
+// Groups passed from loop to loop at once, in buffers that stay in the L1 cache.
 constexpr int64_t block_groups = 256;
-// One work item; its squares share one partial sum.
+// Groups of one work item, whose squares share one partial sum.
 constexpr int64_t item_groups = 64 * block_groups;
 // Groups for which one more thread pays.
 constexpr int64_t groups_grain = 8192;
-// A block's squares are summed in so many lanes, 16 terms each, before they join the double sum.
+// Lanes in which a block's squares are summed, 16 terms each, before they join the double sum.
 constexpr int64_t lanes = 64;
 
 struct Problem {
@@ -32,7 +32,7 @@ struct Problem {
   double* partial;  // (items,)
 };
 
-// What the loops of a block hand on.
+// What the loops of a block pass to each other.
 struct Block {
   int32_t n[6][block_groups];
   float p[6][block_groups];

@@ -24,13 +24,13 @@ struct State {
 constexpr std::size_t field_count = 16;
 static_assert(sizeof(State) == field_count * sizeof(float), "State is the vector of FIELDS");
 
-// In the order of RATES; kind 0 is head, 1 is ffn.
+// In the order of rate_vector; kind 0 is head, 1 is ffn.
 struct Rates {
   float a[2], R_star, total_steps, eta1, log_eta1_ratio, eta2, eta3, eta4, reach, interval,
       lock_gap, to[2], scheduled;
 };
 constexpr std::size_t rate_count = 15;
-static_assert(sizeof(Rates) == rate_count * sizeof(float), "Rates is the vector of RATES");
+static_assert(sizeof(Rates) == rate_count * sizeof(float), "Rates is the result of rate_vector");
 
 struct Masks {
   float* m;

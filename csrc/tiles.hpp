@@ -9,10 +9,10 @@
 
 namespace maskprune {
 
-// One work item. Its rows share one row of partial sums.
+// Size of one work item, whose rows share one row of partial sums.
 constexpr int64_t tile_rows = 128;
 constexpr int64_t tile_columns = 1024;
-// So many terms are summed in float before they join the double sum.
+// Terms that are summed in float before they join the double sum.
 constexpr int64_t float_rows = 16;
 // Values for which one more thread pays.
 constexpr int64_t tile_grain = 32768;

@@ -2,10 +2,10 @@
 
 Legend: g a group of four weights, in memory order, G how many; n its six integers, p its softmax,
 m0 to m3 its mask, dm the gradient of its mask; candidates 0 to 5 are 1100, 1010, 1001, 0110, 0101,
-0011. A program owns BLOCK groups. Everything is in base 2, where CUDA's instructions are:
+0011. A program owns BLOCK groups. Everything is in base 2, as CUDA's instructions are:
 p_k = 2^(z_k - max z) / sum, z = (kappa log2(e) pi - log2(-log2 u)) / tau; the constant that this
-drops from g = -log(-log u) is one for all k. Squares are summed per program, then over programs by
-one program, so no atomics and the same bits every time.
+drops from g = -log(-log u) is the same for all k. Squares are summed per program, then over
+programs by one program, so no atomics and the same bits every time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BLOCK_S, SUM_WARPS = 8192, 16
 @triton.jit
 def _log2(x, APPROXIMATE: tl.constexpr):
     """In one instruction, absolutely within 2^-22 near 1, relatively elsewhere; or exactly."""
-    # .ftz: no argument here is denormal, and minding them costs three instructions.
+    # .ftz: no argument here is denormal, and handling them costs three instructions.
     if APPROXIMATE:
         return tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -79,7 +79,7 @@ def _sample(pi_ptr, seed_ptr, kappa_ptr, tau_ptr, first, g, inside, G, APPROXIMA
     n0, n1, n2, n3, n4, n5 = _integers(
         tl.load(seed_ptr), (first & 0xFFFFFFFF).to(tl.uint32) + g.to(tl.uint32), first >> 32
     )
-    # Scaled after the maximum is taken off: differences next to 0 keep their bits.
+    # Scaled after the maximum is subtracted: differences next to 0 keep their bits.
     kappa = tl.load(kappa_ptr) * 1.4426950408889634
     inverse = 1.0 / tl.load(tau_ptr)
     plane = pi_ptr + first
@@ -135,7 +135,7 @@ def gumbel_two_four_forward(
     product = W * m
 
     store(masked_ptr + 4 * first, i, product, inside_w)
-    # Outside, W is 0 and the logits are: no NaN comes in.
+    # Outside, W and the logits are 0: no NaN comes in.
     tl.store(partial_ptr + tl.program_id(0), tl.sum(product * product, axis=0))
 
 
@@ -165,7 +165,7 @@ def gumbel_two_four_backward(
         pi_ptr, seed_ptr, kappa_ptr, tau_ptr, first, g, inside, G, APPROXIMATE
     )
     m0, m1, m2, m3 = p0 + p1 + p2, p0 + p3 + p4, p1 + p3 + p5, p2 + p4 + p5
-    # d W + 2 dnorm_sq W^2 m: only W and d W travel to the layout of groups.
+    # d W + 2 dnorm_sq W^2 m: only W and d W are moved to the layout of groups.
     square = 2.0 * tl.load(dnorm_sq_ptr) * W * W
     even, odd = tl.split(tl.reshape(d * W, [BLOCK, 2, 2]))
     a, c = tl.split(even)
@@ -216,7 +216,7 @@ def draw_integers(seed_ptr, first_ptr, n_ptr, G, BLOCK: tl.constexpr):
 
 
 def _approximate(tensor: torch.Tensor) -> bool:
-    # The interpreter and AMD's devices know no PTX.
+    # The interpreter and AMD's devices do not take PTX.
     return tensor.is_cuda and torch.version.hip is None
 
 

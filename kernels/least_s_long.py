@@ -4,7 +4,7 @@ Packed, for rows of up to 53,248 entries: the search takes 15 bits at a time. A 
 compares one digit of every entry: how many steps of 2^shift its |m| lies above the lower bound. Two
 digits share a register, each below a set bit, and one subtraction compares both: the bit stays set
 where the digit is the threshold or more. The bounds then enclose one step, the row
-is read again (it lies in a cache) for the next digit, and a last time to apply the step.
+is read again (it is in a cache) for the next digit, and a last time to apply the step.
 
 Chunked, for longer rows: every pass reads the row, three thresholds at a time.
 
@@ -26,7 +26,7 @@ def magnitude_of(x):
 
 @triton.jit
 def pack(magnitude, lo, hi, shift, R: tl.constexpr, C: tl.constexpr):
-    """(R, C // 2) pairs of digits; what lies outside the bounds gets the digit of the nearer."""
+    """(R, C // 2) pairs of digits; values outside the bounds get the digit of the nearer bound."""
     digit = (tl.minimum(tl.maximum(magnitude, lo), hi) - lo) >> shift
     first, second = tl.split(tl.reshape(digit, (R, C // 2, 2)))
     return (first | (second << 16)).to(tl.uint32) | 0x80008000
@@ -45,9 +45,9 @@ def first_digits(
     R: tl.constexpr,
     C: tl.constexpr,
 ):
-    """(digits of a piece, low and high with its |m|); the piece saved as it came where CLAMP.
+    """(digits of a piece, low and high with its |m|); where CLAMP, the piece is saved unclamped.
 
-    The branch is for the compiler: it packs one piece before it loads the next. All of a row
+    The branch is for the compiler: it packs one piece before it loads the next. A whole row
     loaded at once does not fit the registers.
     """
     pairs = tl.full([R, C // 2], 0xFFFFFFFF, tl.uint32)
@@ -146,9 +146,9 @@ def prox_packed(
     R3: tl.constexpr,
     C: tl.constexpr,
 ):
-    """One row as digits in registers -> (sum_sq, next_sq, whether all was a number).
+    """One row as digits in registers -> (sum_sq, next_sq, whether all were numbers).
 
-    With CLAMP the row is clamped to [0, 1] first, and saved as it came at saved_ptr.
+    With CLAMP the row is clamped to [0, 1] first, and saved unclamped at saved_ptr.
     """
     SIZE: tl.constexpr = (R0 + R1 + R2 + R3) * C
     # |m| has 31 bits and, clamped, 30: two digits. Unclamped there may be a third, of one bit.
@@ -183,7 +183,7 @@ def prox_packed(
 
 @triton.jit
 def prox_chunked(row_ptr, saved_ptr, s, shrink, N, CLAMP: tl.constexpr, BLOCK: tl.constexpr):
-    """One long row, read again in each pass -> (sum_sq, next_sq, whether all was a number)."""
+    """One long row, read again in each pass -> (sum_sq, next_sq, whether all were numbers)."""
     offs = tl.arange(0, BLOCK)
     high = tl.zeros([BLOCK], tl.int32)
     low = tl.full([BLOCK], 0x7FFFFFFF, tl.int32)

@@ -29,7 +29,7 @@ def prox_row(
     R3: tl.constexpr,
     C: tl.constexpr,
 ):
-    """One row by the search of its tile -> (sum_sq, next_sq, whether all was a number)."""
+    """One row by the search of its tile -> (sum_sq, next_sq, whether all were numbers)."""
     if KERNEL == "all_pairs":
         sum_sq, next_sq, sound = prox_all_pairs(row_ptr, saved_ptr, s, shrink, N, CLAMP, BLOCK)
     elif KERNEL == "pieces":

@@ -6,7 +6,7 @@ as three [R, C] pieces, R a power of two and C four entries per thread: a pass i
 thread-local sum and one reduction across warps. Rows of up to 128 rank all pairs; for longer ones
 see least_s_long.py.
 
-Legend: key = |m| as its bits, shifted left, with the sign in bit 0, so that comparisons see |m|
+Legend: key = |m| as its bits, shifted left, with the sign in bit 0, so that keys order by |m|
 and the entry is not lost - k entries to shrink - T the k-th smallest key - cut, the index before
 which keys equal to T are taken.
 """
@@ -108,8 +108,8 @@ def into_unit(x, CLAMP: tl.constexpr):
 def places(first, N, R: tl.constexpr, C: tl.constexpr):
     """(columns, steps, inside) of a piece from row `first` on: its entries are at columns + steps.
 
-    Steps are constants of a register: added last, to a pointer, they are immediates of the loads
-    and stores. As one sum they would take two registers of address for each row of the piece.
+    A register's step is a constant: added last, to a pointer, it is an immediate of the load or
+    store. As one sum they would take two address registers for each row of the piece.
     """
     columns = tl.arange(0, C)[None, :]
     steps = (first + tl.arange(0, R)[:, None]) * C
@@ -229,7 +229,7 @@ def shrink_piece(row_ptr, key, first, T, cut, shrink, N, R: tl.constexpr, C: tl.
 
 @triton.jit
 def next_square(left, top, shrink, k, N):
-    """Square of the smallest magnitude left; of the largest, shrunk, where none is."""
+    """Square of the smallest magnitude left; of the largest, shrunk, where none is left."""
     y = top.to(tl.float32, bitcast=True) * shrink
     return tl.where(N == 0, 0.0, tl.where(k < N, square_of(left), y * y))
 
@@ -247,9 +247,9 @@ def prox_pieces(
     R2: tl.constexpr,
     C: tl.constexpr,
 ):
-    """One row in registers -> (sum_sq, next_sq, whether all was a number).
+    """One row in registers -> (sum_sq, next_sq, whether all were numbers).
 
-    With CLAMP the row is clamped to [0, 1] first, and saved as it came at saved_ptr.
+    With CLAMP the row is clamped to [0, 1] first, and saved unclamped at saved_ptr.
     """
     key0 = load_keys(row_ptr, saved_ptr, 0, N, CLAMP, R0, C)
     key1 = load_keys(row_ptr, saved_ptr, R0, N, CLAMP, R1, C)
@@ -274,7 +274,7 @@ def prox_pieces(
 
 @triton.jit
 def prox_all_pairs(row_ptr, saved_ptr, s, shrink, N, CLAMP: tl.constexpr, BLOCK: tl.constexpr):
-    """One short row by ranking all pairs -> (sum_sq, next_sq, whether all was a number)."""
+    """One short row by ranking all pairs -> (sum_sq, next_sq, whether all were numbers)."""
     i = tl.arange(0, BLOCK)
     x = tl.load(row_ptr + i, mask=i < N, other=0.0)
     if CLAMP:

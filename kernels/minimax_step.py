@@ -1,8 +1,8 @@
-"""One step of Algorithm 1 in one Triton launch: a program per mask row, scalars by the last.
+"""One step of Algorithm 1 in one Triton launch: a program per mask row, the last moves the scalars.
 
 Every program clamps and shrinks its row and leaves its sums; a counter tells the one that finishes
 last, which adds them in a fixed order, moves the scalars and resets the counter. No program waits
-for another. Rows are saved as they came: if any held a NaN, the last program puts all of them back.
+for another. Rows are saved first: if any held a NaN, the last program restores all of them.
 
 Legend: as in the definition, maskprune/ops/minimax_step.py, whose FIELDS number the state.
 """
@@ -48,7 +48,7 @@ def round_half_even(x):
 
 @triton.jit
 def mean_of(ptr, count):
-    """Mean of count results of other programs, in a fixed order; past the first-level cache."""
+    """Mean of count results of other programs, in a fixed order; bypasses the L1 cache."""
     lanes = tl.arange(0, LANES)
     total = tl.zeros([LANES], tl.float32)
     i = 0
@@ -94,7 +94,7 @@ def nearest_split(table_ptr, splits, r_head, r_ffn, D_head, D_ffn, a_head, a_ffn
 
 @triton.jit
 def rates_now(state_ptr, T, eta1, log_eta1_ratio, interval):
-    """(shrink, steps between two of the FFN rows, whether this is one), of the state as it is."""
+    """(shrink, interval of the FFN prox, whether it is due) in the current state."""
     step = tl.load(state_ptr + STEP)
     progress = tl.div_rn(step, T)
     eta = eta1 * tl.exp(log_eta1_ratio * progress)
@@ -316,7 +316,7 @@ def step_rows_then_scalars(
 
 
 class Workspace(NamedTuple):
-    """What a step leaves between programs; it lives as long as the state does."""
+    """Scratch memory that the programs of a step share; it lives as long as the state."""
 
     saved_head_ptr: torch.Tensor
     saved_ffn_ptr: torch.Tensor
