@@ -4,7 +4,7 @@
 
 Runs what is not done yet until --seconds are over, then says what is left; repeat it until it
 says that all is done. It needs no network and installs nothing: the extension is built in place
-from what travels with the checkout. Done steps are noted under --state, result rows land in
+from what travels with the checkout. Done steps are noted under --state, result rows go to
 benchmarks/results/, each with machine and versions.
 """
 
@@ -27,7 +27,7 @@ PAPER = (
     "--seq-len 512 --learning-rate 1e-3 --mask-lr 1e-2 --save-steps 200"
 ).split()
 
-# What a run that the time limit cut off leaves behind; it goes on from there.
+# Folders of runs that the time limit cut off; the next call resumes them.
 IN_PROGRESS = {"prune": "paper.run", "sparsify": "two_four.run"}
 
 
@@ -129,7 +129,7 @@ def main() -> int:
         print(f"{name}: {' '.join(command)}", flush=True)
         code = run(name, command, left, args.state)
         if code is None:
-            print(f"{name}: time is over; repeat the command to go on")
+            print(f"{name}: out of time; repeat the command to continue")
             break
         print((args.state / f"{name}.log").read_text()[-1500:])
         done[name] = code

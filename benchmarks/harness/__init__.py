@@ -78,7 +78,7 @@ def measure(
     """Check every provider's output, time those that pass, and return one row for each.
 
     check: called with (name, output of one call); raises AssertionError to refuse. A refused
-    provider is named on stderr and gets no row. bytes_moved, flops: of one call.
+    provider is reported on stderr and gets no row. bytes_moved, flops: of one call.
     """
     passed = {}
     for name, call in providers.items():
@@ -106,7 +106,7 @@ def pytest_row(
 ) -> dict[str, Any] | None:
     """The same row from pytest-benchmark's fixture: check, let it time `call`, return the row.
 
-    Where timing is disabled (`--benchmark-disable`, xdist) the check is all that is done: None.
+    Where timing is disabled (`--benchmark-disable`, xdist), only checks and returns None.
     """
     check(provider, call())
     benchmark(call)

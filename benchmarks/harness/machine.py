@@ -1,4 +1,4 @@
-"""What a result row says of the machine it was taken on; energy where NVML counts it."""
+"""The machine that a result row was taken on; energy where NVML counts it."""
 
 from __future__ import annotations
 

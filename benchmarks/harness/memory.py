@@ -21,15 +21,15 @@ def status_kib(field: str) -> int:
 
 
 def restart_peak() -> None:
-    """Let VmHWM count from now on."""
+    """Reset VmHWM, the peak of the resident set, to the present size."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_mib(call: Callable[[], Any], device: str) -> float | None:
     """Memory one call adds at its peak, in MiB: CUDA's allocator, or the resident set on Linux.
 
-    None where neither can be read. On a CPU what the allocator holds unused goes back to the
-    system before, where the C library can do that; else a call that reuses it adds less.
+    None where neither can be read. On a CPU the allocator's unused memory is first returned to the
+    system, where the C library can do that; else a call that reuses it seems to add less.
     """
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()

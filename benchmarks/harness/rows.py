@@ -43,7 +43,7 @@ def write_rows(
 ) -> list[dict[str, Any]]:
     """Add rows to the JSON lines file `path`, atomically.
 
-    Rows there already stay; with `overwrite`, those equal in every field but `ignore` go.
+    Existing rows stay; with `overwrite`, those equal in every field but `ignore` are replaced.
     Returns the rows as written, with their ids. Raises ValueError for a row without
     `checked: True` that holds a time: it was not compared with the reference.
     """

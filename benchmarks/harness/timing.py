@@ -115,7 +115,7 @@ def interleaved(
 def mixed(
     order: Sequence[str], providers: Mapping[str, Callable[[], Any]], shuffler: random.Random
 ) -> list[str]:
-    """A random order in which no call follows itself, where that can be had.
+    """A random order in which no call follows itself, where there is one.
 
     A call right after itself finds its weights in the caches, which would favour what is timed
     more than once. `order` is that of the round before.

@@ -6,7 +6,7 @@
 
 `ops` times one 4096 x 11008 weight. `stream` exports a synthetic sharded Llama from tmpfs to tmpfs
 and copies it with `cp -r`, in turn; both speeds count bytes read plus bytes written. `memory` runs
-one export per size in a process of its own, imports first: what the process held then is its own
+one export per size in a process of its own: what the process holds after its imports is its own
 (`rss_base_mb`), the peak above that is the export's. The page cache is not counted.
 """
 
@@ -112,7 +112,7 @@ def ops_rows(threads: int, seed: int, rounds: int) -> list[dict[str, Any]]:
                 output, expected, rtol=tolerance, atol=0.0, check_dtype=False
             )
 
-        found = measure(
+        measured = measure(
             op,
             providers,
             check=check,
@@ -122,7 +122,7 @@ def ops_rows(threads: int, seed: int, rounds: int) -> list[dict[str, Any]]:
             rounds=rounds,
             warmup=1,
         )
-        every += with_speedup(found, next(iter(providers)))
+        every += with_speedup(measured, next(iter(providers)))
     return every
 
 
@@ -183,7 +183,7 @@ def synthetic(folder: Path, size: float, seed: int = 0) -> tuple[Path, Path, int
 
 
 def require_right(source: Path, masks_file: Path, out: Path) -> None:
-    """A folded, a gathered and a copied tensor of `out` are what they must be; AssertionError."""
+    """Check a folded, a gathered and a copied tensor of `out`; raises AssertionError."""
     from maskprune.streaming.lora import load_tensor
 
     before, after, masks = read_checkpoint(source), read_checkpoint(out), load_masks(masks_file)

@@ -3,7 +3,7 @@
     python -m benchmarks.ops.linear_kl
 
 From hidden states to their gradient, with the frozen head of SmolLM2-135M on a CPU, of Llama-3-8B
-on a GPU. `whole` makes both models' logits and takes `token_kl` of them, as maskprune did before;
+on a GPU. `whole` computes both models' logits and takes `token_kl` of them;
 `autograd` is the definition in plain torch. `peak_mib` is what one call adds; `of_whole` the median
 over rounds of a provider's time over that of `whole` in the same round.
 """
@@ -57,7 +57,7 @@ def rows(
     device: str, seed: int, rounds: int, most: int, dtypes: tuple[torch.dtype, ...]
 ) -> list[dict[str, Any]]:
     """A row for every size of at most `most` tokens, dtype and provider."""
-    kind, found = device.split(":")[0], []
+    kind, results = device.split(":")[0], []
     generator = torch.Generator(device).manual_seed(seed)
     sizes = [size for size in SIZES[kind] if size[0] <= most]
     for dtype in dtypes or DTYPES[kind]:
@@ -86,7 +86,7 @@ def rows(
             times = interleaved(calls, device=device, seed=seed, rounds=rounds, warmup=1)
             for name, provider in calls.items():
                 peak = peak_mib(provider, device)
-                found.append(
+                results.append(
                     {
                         "op": "linear_kl",
                         "provider": name,
@@ -101,7 +101,7 @@ def rows(
                     }
                     | environment(device, seed)
                 )
-    return found
+    return results
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -111,11 +111,11 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     fix_threads(args.threads)
     dtypes = (getattr(torch, args.dtype),) if args.dtype else ()
-    found = rows(args.device, args.seed, args.rounds, args.most, dtypes)
-    print(show(found, COLUMNS))
+    results = rows(args.device, args.seed, args.rounds, args.most, dtypes)
+    print(show(results, COLUMNS))
     if args.rows:
         ignore = ("id", "date", "commit", "of_whole", "peak_mib", "median_ms", "p10_ms", "p90_ms")
-        write_rows(args.rows, found, overwrite=args.overwrite, ignore=ignore)
+        write_rows(args.rows, results, overwrite=args.overwrite, ignore=ignore)
     return 0
 
 

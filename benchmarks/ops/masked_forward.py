@@ -65,21 +65,21 @@ def cases(kind: str, device: str, seed: int) -> list[Case]:
     def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
-    found: list[Case] = []
+    every: list[Case] = []
     for dtype in DTYPES[kind]:
         for tokens, width in SWIGLU[kind]:
             pair = tuple(random(tokens, width, dtype=dtype) for _ in range(2))
             mask = torch.rand(width, generator=generator, device=device)
             sizes = {"T": tokens, "F": width}
-            found.append(
+            every.append(
                 ("masked_swiglu", sizes, (*pair, mask), eager_swiglu, ops.masked_swiglu, 3)
             )
         for tokens, heads, size in HEADS[kind]:
             x = random(tokens, heads * size, dtype=dtype)
             mask = torch.rand(heads, generator=generator, device=device)
             sizes = {"T": tokens, "H": heads, "d_h": size}
-            found.append(("scale_heads", sizes, (x, mask), eager_heads, ops.scale_heads, 2))
-    return found
+            every.append(("scale_heads", sizes, (x, mask), eager_heads, ops.scale_heads, 2))
+    return every
 
 
 def op_rows(device: str, seed: int, rounds: int) -> list[dict[str, Any]]:
@@ -127,7 +127,7 @@ def op_rows(device: str, seed: int, rounds: int) -> list[dict[str, Any]]:
                     assert error <= TOLERANCE[dtype], f"error {error:.3g}"
 
             x = inputs[0]
-            found = measure(
+            timed = measure(
                 op,
                 providers,
                 check=check,
@@ -141,7 +141,7 @@ def op_rows(device: str, seed: int, rounds: int) -> list[dict[str, Any]]:
             size = "x".join(map(str, sizes.values()))
             rows += [
                 row | {"size": size, "copy_gb_s": copy, "of_copy": round(row["gb_s"] / copy, 3)}
-                for row in found
+                for row in timed
             ]
         torch._dynamo.reset()
     return rows
@@ -197,7 +197,7 @@ def train_rows(device: str, seed: int, rounds: int) -> list[dict[str, Any]]:
             torch.testing.assert_close(loss, expected, rtol=1e-2, atol=0.0)
 
         names = ("d", "L", "H", "G", "F", "batch", "tokens")
-        found = measure(
+        timed = measure(
             "training step",
             providers,
             check=check,
@@ -207,8 +207,8 @@ def train_rows(device: str, seed: int, rounds: int) -> list[dict[str, Any]]:
             rounds=rounds,
             warmup=2,
         )
-        base = next(row["median_ms"] for row in found if row["provider"] == "lora")
-        rows += [row | {"over_lora": round(row["median_ms"] / base - 1, 4)} for row in found]
+        base = next(row["median_ms"] for row in timed if row["provider"] == "lora")
+        rows += [row | {"over_lora": round(row["median_ms"] / base - 1, 4)} for row in timed]
     return rows
 
 

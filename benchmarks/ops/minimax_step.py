@@ -2,8 +2,8 @@
 
     python -m benchmarks.ops.minimax_step --rows benchmarks/results/minimax_step.jsonl
 
-Every provider leaves the same masks and scalars; one that does not is named and has no row. Masks
-and state are restored before each call, untimed. On CUDA both are also timed as captured graphs.
+Every provider leaves the same masks and scalars; one that does not is reported and has no row.
+Masks and state are restored before each call, untimed. On CUDA both are also timed as captured graphs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MODELS = {
 COLUMNS = (
     *("model", "head", "ffn", "provider", "threads", "median_ms", "p10_ms", "p90_ms", "speedup"),
 )
-# One exp, a few divisions and sums in float32, as in tests/test_minimax_step.py.
+# One exp, a few divisions and sums in float32, as in tests/ops/test_minimax_step.py.
 RTOL, ATOL = 5e-6, 1e-6
 
 

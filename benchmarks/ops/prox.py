@@ -2,9 +2,9 @@
 
     python -m benchmarks.ops.prox --rows benchmarks/results/prox.jsonl
 
-Every provider leaves the same masks and returns the same sums; a provider that does not is named
-and has no row. Masks are restored before each call, untimed. On CUDA ours and the batched sort
-are also timed as captured graphs.
+Every provider leaves the same masks and returns the same sums; a provider that does not is reported
+and has no row. Masks are restored before each call, untimed. On CUDA `least_s_prox_` and the
+batched sort are also timed as captured graphs.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def rows_of(
     def check(name: str, output: Sums) -> None:
         for got, want in zip(output, sums, strict=True):
             torch.testing.assert_close(got, want, rtol=SUM_RTOL, atol=0)
-        # topk breaks ties as it likes: of equal masks the same number shrinks, not the same ones.
+        # topk breaks ties in any order: of equal masks the same number shrinks, not the same ones.
         if "topk" in name:
             assert torch.equal(mask.sort(1).values, expected.sort(1).values), "masks differ"
         else:

@@ -25,7 +25,7 @@ from maskprune.ops.gumbel_two_four import SLOTS, reference
 # On a CPU SmolLM2's up_proj and a 7B's o_proj: the float64 check of larger ones takes much memory.
 SHAPES = {"cpu": ((1536, 576), (4096, 4096)), "cuda": ((4096, 4096), (11008, 4096))}
 DTYPES = (torch.bfloat16, torch.float32)
-# Of one case's rounds; on a CPU the definition takes seconds a call.
+# Limit of one case's rounds; on a CPU the definition takes seconds a call.
 MAX_SECONDS = 30.0
 KAPPA, TAU = 100.0, 4.0
 # Largest error over the largest value; every provider but `eager` rounds the result once.
@@ -61,7 +61,7 @@ def rows(device: str, seed: int, rounds: int) -> list[dict[str, Any]]:
     # Backward is timed alone, again and again on one graph: its inputs must survive it.
     config.donated_buffer = False
     generator = torch.Generator(device).manual_seed(seed)
-    copy, found = copy_bandwidth(device), []
+    copy, results = copy_bandwidth(device), []
     cases = [(shape, dtype) for shape in SHAPES[device.partition(":")[0]] for dtype in DTYPES]
     for (outputs, inputs), dtype in cases:
         W = torch.randn(outputs, inputs, generator=generator, device=device).to(dtype)
@@ -136,7 +136,7 @@ def rows(device: str, seed: int, rounds: int) -> list[dict[str, Any]]:
                 warmup=1,
                 max_seconds=MAX_SECONDS,
             )
-            found += [
+            results += [
                 row
                 | {
                     "size": f"{outputs}x{inputs}",
@@ -146,17 +146,17 @@ def rows(device: str, seed: int, rounds: int) -> list[dict[str, Any]]:
                 for row in timed
             ]
         torch._dynamo.reset()
-    return found
+    return results
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(description=__doc__.splitlines()[0])
     args = parser.parse_args(arguments)
     fix_threads(args.threads)
-    found = rows(args.device, args.seed, args.rounds)
-    print(show(found, COLUMNS))
+    results = rows(args.device, args.seed, args.rounds)
+    print(show(results, COLUMNS))
     if args.rows:
-        write_rows(args.rows, found, overwrite=args.overwrite)
+        write_rows(args.rows, results, overwrite=args.overwrite)
     return 0
 
 

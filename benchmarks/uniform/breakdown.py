@@ -79,8 +79,8 @@ def profile(
 ) -> Iterator[dict[str, Any]]:
     """The rows of a plan's prefill (first batch, longest length): one a variant and part.
 
-    share: of the same model's total. noise: how far dense, and uniform, are from themselves, in
-    total and in any part of a tenth of it; both run twice.
+    share: of the same model's total. noise: how far dense and uniform, each run twice, differ
+    from themselves, in total and in any part of at least a tenth of it.
     """
     batch, length = plan.batches[0], max(plan.lengths)
     for name in plan.models:
@@ -133,13 +133,13 @@ def by_part(rows: Iterable[Row]) -> dict[tuple[Any, ...], dict[str, dict[str, Ro
     Of several runs of a case the newest free of noise counts, or the newest where none is.
     """
     taken = (row for row in rows if row["op"] == OP and not row.get("skipped"))
-    found: dict[tuple[Any, ...], dict[str, dict[str, Row]]] = {}
+    by_case: dict[tuple[Any, ...], dict[str, dict[str, Row]]] = {}
     keys = ("model", "dtype", "sparsity", "batch", "length")
     for case, sittings in runs(taken, keys, ("part", "provider")).items():
         best = ([s for s in sittings if not is_noisy(s)] or sittings)[-1]
         for (part, variant), row in best.items():
-            found.setdefault(case, {}).setdefault(part, {})[variant] = row
-    return found
+            by_case.setdefault(case, {}).setdefault(part, {})[variant] = row
+    return by_case
 
 
 def report(rows: Sequence[Row]) -> str:

@@ -1,4 +1,4 @@
-"""What uniform structure buys: dense, uniform and heterogeneous models timed against each other.
+"""What uniform structure gains: dense, uniform and heterogeneous models timed in turn.
 
 python benchmarks/latency.py                                   something useful in minutes
 python benchmarks/latency.py --model smollm2-135m --sparsity 0.2,0.5 --regimes prefill,decode
@@ -79,7 +79,7 @@ def parser() -> Parser:
     p.add_argument("--multiple-of", type=int, help="FFN widths are multiples of it")
     p.add_argument("--dtype", choices=DTYPES, help="default float32 on a CPU, bfloat16 on a GPU")
     p.add_argument("--seconds", type=float, help="most seconds a case is timed")
-    p.add_argument("--no-structure", action="store_true", help="leave out what is not a time")
+    p.add_argument("--no-structure", action="store_true", help="times only, no structural facts")
     p.add_argument("--out", type=Path, help="default runs/latency-<date>")
     p.add_argument("--dry-run", action="store_true", help="shapes and cases, nothing measured")
     p.add_argument("--profile", action="store_true", help="parts of one prefill, nothing else")
@@ -152,7 +152,7 @@ def plans_of(args: argparse.Namespace) -> list[Plan]:
 
 
 def check_arguments(p: Parser, args: argparse.Namespace) -> None:
-    """Refuse in one line what argparse cannot see is wrong."""
+    """Refuse, in one line, bad arguments that argparse does not notice."""
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         p.error(f"--device {args.device}: torch sees no GPU here; use --device cpu")
     for value in args.sparsity or ():

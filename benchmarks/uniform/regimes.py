@@ -111,7 +111,7 @@ def train(model: nn.Module, batch: int, length: int, seed: int) -> Runner:
 
 
 def regional(model: nn.Module, tag: str) -> Callable[[], None]:
-    """Compile each block by itself, all blocks from one code object; returns what undoes it."""
+    """Compile each block by itself, all from one code object; returns the function that undoes it."""
     layers = layers_of(model)
     shared = own_code(type(layers[0]).forward, tag)
     for layer in layers:
@@ -193,7 +193,7 @@ def prepare(
         else:
             undo = regional(model, tag)
         runner.before()
-        # A compile time is one without what an earlier run left on disk.
+        # What an earlier run left on disk must not shorten the compile time.
         with inductor.patch(force_disable_caches=True):
             start = time.perf_counter()
             call()
@@ -207,18 +207,18 @@ def prepare(
 
         result = Runner(call, runner.before, restore, seconds, counters["unique_graphs"] - graphs)
     result.before()
-    found = result.call()
-    if regime != "train" and not close(found, expected):
+    output = result.call()
+    if regime != "train" and not close(output, expected):
         result.after()
         raise RuntimeError(f"{mode} gives other logits than eager")
     return result
 
 
-def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+def close(output: torch.Tensor, expected: torch.Tensor) -> bool:
     """Largest difference within 1e-3 (float32) or 5e-2 (16 bit) of the largest logit."""
     limit = 1e-3 if expected.dtype == torch.float32 else 5e-2
-    found, expected = found.float(), expected.float()
-    return bool((found - expected).abs().max() <= limit * expected.abs().max())
+    output, expected = output.float(), expected.float()
+    return bool((output - expected).abs().max() <= limit * expected.abs().max())
 
 
 @torch.no_grad()
@@ -227,6 +227,6 @@ def cache_difference(model: nn.Module, seed: int = 0) -> float:
     ids = tokens_for(model, 2, 12, seed)
     cache = StaticCache(config=model.config, max_cache_len=12)
     model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
-    found = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1]
+    cached = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1]
     expected = model(input_ids=ids, use_cache=False).logits[:, -1]
-    return float((found - expected).abs().max().float() / expected.abs().max().float())
+    return float((cached - expected).abs().max().float() / expected.abs().max().float())

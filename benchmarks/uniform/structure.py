@@ -1,4 +1,4 @@
-"""What else uniform layers buy: done where it can be done here, computed where it cannot."""
+"""What else uniform layers gain: measured where this machine can, computed where it cannot."""
 
 from __future__ import annotations
 
@@ -89,11 +89,11 @@ def one_block(model: nn.Module) -> dict[str, Any]:
         for i in range(len(taken)):
             weights = {name: tensor[i] for name, tensor in stacked.items()}
             model.model.layers[i] = _Turn(taken[0], weights)
-        found = model(tokens, use_cache=False).logits
+        logits = model(tokens, use_cache=False).logits
     finally:
         for i, layer in enumerate(taken):
             model.model.layers[i] = layer
-    return {"one_block": bool(torch.allclose(found, expected, rtol=1e-4, atol=1e-4))}
+    return {"one_block": bool(torch.allclose(logits, expected, rtol=1e-4, atol=1e-4))}
 
 
 class _Turn(nn.Module):
@@ -129,8 +129,8 @@ def stock_load(model: nn.Module) -> dict[str, Any]:
             return {"from_pretrained": False, "why": _first_line(error)}
         tokens = torch.arange(8)[None]
         expected = model(tokens.to(model.device), use_cache=False).logits.float().cpu()
-        found = loaded(tokens, use_cache=False).logits.float()
-        apart = float((found - expected).abs().max() / expected.abs().max())
+        logits = loaded(tokens, use_cache=False).logits.float()
+        apart = float((logits - expected).abs().max() / expected.abs().max())
         return {"from_pretrained": apart < 1e-3, "apart": apart, **engines(folder)}
 
 

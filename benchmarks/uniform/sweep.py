@@ -47,7 +47,7 @@ class Plan:
     train_seconds: float = 60.0
     structure: bool = True
     load: bool = True
-    # Compiling is minutes where running is milliseconds: these stand for all in compiled modes.
+    # Compiling takes minutes, running milliseconds: in compiled modes these stand for all.
     compiled_variants: Sequence[str] = field(default=("dense", "uniform", "compresso"))
 
     def limits(self, regime: str) -> tuple[int, float]:

@@ -1,6 +1,6 @@
 """Dense, uniform, unaligned and heterogeneous models of one sparsity, cut from the same weights.
 
-The rule: the uniform shape is the legal one nearest to equal fractions of heads and FFN units.
+The uniform shape is the legal one nearest to equal fractions of heads and FFN units.
 A heterogeneous model has the same sum of KV groups and the same sum of FFN units over its layers,
 so it has the same parameters, FLOPs and KV bytes to the unit; layer by layer it keeps between
 `low` and `high` times the uniform count, drawn uniformly, both ends attained where the sum allows.
@@ -56,7 +56,7 @@ def uniform_shape(config: Any, sparsity: float, multiple_of: int | None = None) 
 
 
 def unaligned_shape(config: Any, sparsity: float, uniform: Shape) -> Shape:
-    """`uniform` with the widest odd FFN that meets the budget: `--multiple-of 1`, unlucky."""
+    """`uniform` with the widest odd FFN that meets the budget, as `--multiple-of 1` may end in."""
     budget = Budget(config, sparsity, multiple_of=1)
     for split in budget.splits:
         shape = budget.shape_after(split)
@@ -191,5 +191,5 @@ def difference(model: nn.Module, dense: nn.Module, masks: Masks, seed: int = 0) 
     tokens = torch.randint(dense.config.vocab_size, (2, 16), generator=generator).to(dense.device)
     with masked(dense, masks):
         expected = dense(tokens, use_cache=False).logits.float()
-    found = model(tokens, use_cache=False).logits.float()
-    return float((found - expected).abs().max() / expected.abs().max())
+    logits = model(tokens, use_cache=False).logits.float()
+    return float((logits - expected).abs().max() / expected.abs().max())

@@ -1,4 +1,4 @@
-"""What result rows say, in tables and plain sentences; and two files of them side by side."""
+"""Result rows in tables and plain sentences; and two files of rows side by side."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ Row = Mapping[str, Any]
 
 
 def runs(rows: Iterable[Row], case: Sequence[str], member: Sequence[str]) -> dict[Any, list[Any]]:
-    """Rows by case, and in a case run by run, {member: row}: a member that comes again opens one.
+    """Rows by case, and in a case run by run, {member: row}: a repeated member starts a new run.
 
-    case, member: the fields that tell cases, and the rows of one run of a case, apart.
+    case, member: the fields that distinguish cases, and the rows of one run of a case.
     """
-    found: dict[Any, list[Any]] = defaultdict(list)
+    by_case: dict[Any, list[Any]] = defaultdict(list)
     for row in rows:
-        taken, one = found[tuple(row[key] for key in case)], tuple(row[key] for key in member)
+        taken, one = by_case[tuple(row[key] for key in case)], tuple(row[key] for key in member)
         if not taken or one in taken[-1]:
             taken.append({})
         taken[-1][one] = row
-    return dict(found)
+    return dict(by_case)
 
 
 def is_noisy(run: Mapping[Any, Row]) -> bool:
@@ -47,7 +47,7 @@ def cases(rows: Iterable[Row]) -> dict[tuple[Any, ...], dict[str, Row]]:
     speed-ups, each against the dense model of its own run.
     """
     timed = (row for row in rows if row["op"] == "latency" and row.get("median_ms"))
-    found = {}
+    by_case = {}
     for case, taken in runs(timed, CASE, ("provider",)).items():
         best: dict[Any, Row] = {}
         for run in taken:
@@ -55,8 +55,8 @@ def cases(rows: Iterable[Row]) -> dict[tuple[Any, ...], dict[str, Row]]:
                 best |= {k: row for k, row in run.items() if k not in best or not row["noisy"]}
             elif ("uniform",) not in best or is_noisy(best) or not is_noisy(run):
                 best = run
-        found[case] = {variant: row for (variant,), row in best.items()}
-    return found
+        by_case[case] = {variant: row for (variant,), row in best.items()}
+    return by_case
 
 
 def name(case: tuple[Any, ...]) -> str:
@@ -106,7 +106,7 @@ def where_not_faster(
     The last two hold the ratios by variant, below 1 - the noise limit and within the limit of 1.
     Noisy cases say nothing.
     """
-    found = []
+    losses = []
     for case, by_variant in cases(rows).items():
         uniform = by_variant.get("uniform")
         if uniform is None or uniform["noisy"]:
@@ -119,8 +119,8 @@ def where_not_faster(
         slower = {v: ratio for v, ratio in ratios.items() if ratio < 1 - NOISE_LIMIT}
         alike = {v: r for v, r in ratios.items() if abs(r - 1) <= NOISE_LIMIT}
         if slower or alike:
-            found.append((case, slower, alike))
-    return found
+            losses.append((case, slower, alike))
+    return losses
 
 
 def listed(ratios: Mapping[str, float]) -> str:
