@@ -3,7 +3,8 @@
     python -m benchmarks.ops.minimax_step --rows benchmarks/results/minimax_step.jsonl
 
 Every provider leaves the same masks and scalars; one that does not is reported and has no row.
-Masks and state are restored before each call, untimed. On CUDA both are also timed as captured graphs.
+Masks and state are restored before each call, untimed. On CUDA both are also timed as captured
+graphs.
 """
 
 from __future__ import annotations

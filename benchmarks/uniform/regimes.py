@@ -111,7 +111,7 @@ def train(model: nn.Module, batch: int, length: int, seed: int) -> Runner:
 
 
 def regional(model: nn.Module, tag: str) -> Callable[[], None]:
-    """Compile each block by itself, all from one code object; returns the function that undoes it."""
+    """Compile each block alone, all from one code object; returns the function that undoes it."""
     layers = layers_of(model)
     shared = own_code(type(layers[0]).forward, tag)
     for layer in layers:
