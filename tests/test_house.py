@@ -89,7 +89,7 @@ def test_the_public_names_are_these():
     ]
 
 
-def test_the_hall_is_small_and_every_folder_has_its_rule():
+def test_the_top_level_is_small_and_every_folder_has_its_rule():
     package = ROOT / "maskprune"
     assert {p.stem for p in package.glob("*.py")} == set(TOP)
     folders = {p.name for p in package.iterdir() if p.is_dir() and any(p.glob("*.py"))}
@@ -103,7 +103,7 @@ def test_a_room_imports_only_what_its_rule_allows(room):
 
 
 @pytest.mark.parametrize("name", TOP)
-def test_a_module_of_the_hall_imports_only_what_its_rule_allows(name):
+def test_a_top_level_module_imports_only_what_its_rule_allows(name):
     assert rooms(ROOT / "maskprune" / f"{name}.py") <= TOP[name]
 
 
@@ -137,7 +137,7 @@ def test_operations_and_backends_know_nothing_of_transformers():
         assert rooms(path) <= {"kernels"}, path
 
 
-def test_kernels_is_no_top_level_package():
+def test_kernels_is_not_a_top_level_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 

@@ -73,7 +73,7 @@ def test_a_noisy_case_shows_no_ratio_and_gives_no_verdict():
     ],
     ids=["no uniform", "a noisy uniform", "a noisy rival"],
 )  # fmt: skip
-def test_a_case_that_lacks_a_quiet_side_is_no_win(rows):
+def test_a_case_without_a_quiet_row_on_each_side_is_not_a_win(rows):
     assert "is the fastest" not in verdicts.report(rows)
     ((by_variant),) = verdicts.cases(rows).values()
     assert ("uniform" in by_variant) == any(r["provider"] == "uniform" for r in rows)

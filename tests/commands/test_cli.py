@@ -44,7 +44,7 @@ def pruned(place) -> Path:
     return out
 
 
-def test_prune_shows_its_own_progress_and_nobody_else_s_bars_and_warnings(pruned, place):
+def test_prune_shows_its_own_progress_and_no_other_bars_or_warnings(pruned, place):
     starts = {line.split()[0] for line in (place / "said.txt").read_text().splitlines()}
     assert starts == {"units", "ranking", "batch", "step", "compensating"}
 
@@ -84,7 +84,7 @@ def test_check_proves_it_equal_to_the_masked_model(pruned, place, capsys):
     assert "equals the masked model" in out and "needs no remote code" in out
 
 
-def test_check_takes_the_masks_that_lie_with_the_checkpoint(pruned, place, capsys):
+def test_check_takes_the_masks_that_are_in_the_checkpoint(pruned, place, capsys):
     assert main(["check", str(pruned), "--against", str(place / "model")]) == 0
     assert f"masks of {pruned / 'maskprune' / 'masks.safetensors'}" in capsys.readouterr().out
 

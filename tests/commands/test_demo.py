@@ -279,7 +279,7 @@ def test_the_demo_model_is_a_stock_checkpoint():
     assert AutoTokenizer.from_pretrained(folder).decode(new).strip() == "Paris"
 
 
-def test_gguf_files_are_read_plainly_where_transformers_has_no_word_for_it(monkeypatch):
+def test_gguf_options_ask_for_dequantisation_where_transformers_has_the_option(monkeypatch):
     import sys
     import types
 

@@ -135,7 +135,7 @@ def test_batches_and_documents_do_not_change_perplexity(model, tokenizer, tmp_pa
     assert perplexity(model, tokenizer, path, 10)["nll"] == whole["nll"]
 
 
-def test_limit_takes_the_first_windows_and_the_mode_is_put_back(model, tokenizer):
+def test_limit_takes_the_first_windows_and_the_mode_is_restored(model, tokenizer):
     model.train()
     limited = perplexity(model, tokenizer, [text(100)], 10, limit=2)
     assert model.training
@@ -200,7 +200,7 @@ def test_a_local_task_runs_by_file_and_by_folder(model, tokenizer, task_folder):
         assert run_tasks(model, tokenizer, [str(where)], limit=3, batch_size=2) == expected
 
 
-def test_a_task_that_is_not_there_is_an_error(model, tokenizer, task_folder, tmp_path):
+def test_an_unknown_task_is_an_error(model, tokenizer, task_folder, tmp_path):
     with pytest.raises(ValueError, match="none.yaml does not exist"):
         run_tasks(model, tokenizer, ["none.yaml"])
     (tmp_path / "empty").mkdir()
@@ -298,7 +298,7 @@ def test_folders_that_cannot_be_read_safely_are_refused(folder, tmp_path):
         check_checkpoint(copy_without(folder, tmp_path / "d", "config.json"))
 
 
-def test_names_that_mean_nothing_are_named(tmp_path):
+def test_unknown_models_dtypes_and_devices_are_named_in_the_error(tmp_path):
     with pytest.raises(ValueError, match="is not a folder"):
         resolve_model(tmp_path / "none")
     with pytest.raises(ValueError, match="is not a folder"):

@@ -124,7 +124,7 @@ def test_the_page_says_what_was_run_and_what_came_out(run):
     assert "[1, 2, 3]" not in page.text
 
 
-def test_masks_that_are_not_uniform_are_said_to_be(run):
+def test_masks_that_are_not_uniform_are_reported(run):
     masks = masks_of()
     masks.ffn.data[0] = 1.0
     masks.save(run / "masks.safetensors")
@@ -158,7 +158,7 @@ def test_a_trace_without_some_keys_or_with_nan_has_a_page(run):
     assert plots.curves(rows, plots.LOSSES) is None and plots.curves(rows, plots.RESOURCE) is None
 
 
-def test_what_is_no_run_is_an_error(tmp_path, run):
+def test_a_folder_without_a_run_is_an_error(tmp_path, run):
     with pytest.raises(ValueError, match="is not a folder; give the output folder"):
         report(tmp_path / "none")
     (tmp_path / "empty").mkdir()
@@ -208,7 +208,7 @@ def drawn(panels, trace):
     return {p.title: [c.label for c, _, _ in plots.lines(trace, p)] for p in panels}
 
 
-def test_curves_that_say_nothing_are_left_out():
+def test_flat_and_repeated_curves_are_left_out():
     trace = trace_of()
     assert drawn(plots.LOSSES, trace) == {"Training loss": ["loss"]}
     assert drawn(plots.RESOURCE, trace)["Resource"] == ["R", "R*, the budget"]
@@ -310,7 +310,7 @@ def test_the_card_has_the_header_of_the_hub_and_the_three_lines_that_load_it():
         assert fact in text
 
 
-def test_a_card_of_little_knowledge_has_no_empty_parts(tmp_path):
+def test_a_card_with_few_facts_has_no_empty_parts(tmp_path):
     card = model_card({"base_model": str(tmp_path)})
     assert "base_model" not in card and str(tmp_path) not in card and tmp_path.name in card
     for heading in ("How it was made", "Proof", "Perplexity", "| before"):

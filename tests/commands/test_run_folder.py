@@ -115,7 +115,7 @@ def test_a_second_run_on_the_same_output_is_refused(place, capsys):
     assert listing(place) == ["model", "text.jsonl"]
 
 
-def test_a_lock_leaves_no_folders_that_nothing_came_of(tmp_path):
+def test_a_lock_removes_the_empty_folders_that_it_made(tmp_path):
     with pytest.raises(ZeroDivisionError), locked(tmp_path / "a" / "b" / "out"):
         raise ZeroDivisionError
     assert listing(tmp_path) == []
@@ -124,7 +124,7 @@ def test_a_lock_leaves_no_folders_that_nothing_came_of(tmp_path):
     assert listing(tmp_path / "a" / "b") == ["out"]
 
 
-def test_links_as_output(place, capsys):
+def test_an_output_link_is_followed_unless_it_leads_nowhere(place, capsys):
     (place / "nowhere").symlink_to(place / "gone")
     assert prune(place, out="nowhere") == 2
     assert "is a link to" in said(capsys) and not (place / "gone").exists()
@@ -135,7 +135,7 @@ def test_links_as_output(place, capsys):
     assert (place / "big_disk" / "config.json").is_file()
 
 
-def test_places_that_cannot_be_an_output(tmp_path):
+def test_places_that_cannot_be_an_output_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file; expected a folder"):
         output_folder(tmp_path / "file")
@@ -207,7 +207,7 @@ def run_until(appears: str, place: Path, signum: int, arguments: list[str]) -> t
     return child.returncode, err
 
 
-def test_sigterm_saves_a_checkpoint_and_the_run_goes_on(place):
+def test_sigterm_saves_a_checkpoint_from_which_the_run_resumes(place):
     steps = ["--steps", "60", "--save-steps", "1000", "--logging-steps", "1"]
     data = ["--data", str(place / "text.jsonl")]
     command = ["prune", str(place / "model"), "-o", str(place / "out"), *PRUNE, *data, *steps]

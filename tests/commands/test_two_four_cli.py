@@ -79,7 +79,7 @@ def test_the_report_shows_how_the_masks_settle(learned, place, tmp_path):
     assert sorted(p.stem for p in (copy / "report").glob("*.png")) == ["losses", "settling"]
 
 
-def test_others_apply_the_masks_file_to_their_own_copy(learned, place, capsys):
+def test_a_masks_file_is_applied_to_another_copy_of_the_model(learned, place, capsys):
     out = place / "applied"
     masks = ["--masks", str(learned)]
     assert main(["sparsify", str(place / "model"), "-o", str(out), *masks]) == 0
@@ -88,7 +88,7 @@ def test_others_apply_the_masks_file_to_their_own_copy(learned, place, capsys):
     assert json.loads((out / "maskprune/maskprune.json").read_text())["method"] == "maskllm"
 
 
-def test_masks_go_on_to_another_run_as_its_prior(learned, place, tmp_path):
+def test_masks_of_one_run_are_the_prior_of_another(learned, place, tmp_path):
     file = str(learned / "maskprune/two_four.safetensors")
     assert sparsify(place, tmp_path / "next", "--prior", file, "--learning-rate", "1e-9") == 0
     before, _ = load_masks(file)
@@ -120,7 +120,7 @@ def test_check_sees_the_pattern_and_proves_it(learned, place, capsys):
     assert main(["check", str(place / "model"), *against]) == 1
 
 
-def test_a_run_goes_on_with_resume(place, tmp_path, monkeypatch, capsys):
+def test_resume_continues_a_run(place, tmp_path, monkeypatch, capsys):
     from maskprune.two_four.sparsify import SparsifyTrainer
 
     loss = SparsifyTrainer.compute_loss
@@ -174,7 +174,7 @@ def test_bad_input_found_late_leaves_no_run_behind(learned, place, tmp_path, cap
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other"]
 
 
-def test_a_folder_of_somebody_else_is_not_taken_for_a_run(place, tmp_path, capsys):
+def test_a_folder_with_other_files_is_not_taken_for_a_run(place, tmp_path, capsys):
     (tmp_path / "out.run").mkdir()
     (tmp_path / "out.run" / "thesis.tex").write_text("years of work")
     assert sparsify(place, tmp_path / "out") == 2

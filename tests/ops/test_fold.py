@@ -188,7 +188,7 @@ def test_nothing_or_everything_may_be_kept(backend):
     assert ops.fold_columns(weight[:0], torch.ones(8), none, backend=backend).shape == (0, 0)
 
 
-def test_views_are_read_right_and_inputs_stay_as_they_are(backend):
+def test_views_are_read_correctly_and_inputs_are_unchanged(backend):
     base = torch.randn(40, 60)
     weight, scale, keep = base.t()[3:], torch.rand(80)[::2], torch.arange(40)[::3]
     before = base.clone(), scale.clone()
@@ -246,7 +246,7 @@ def test_errors_say_what_was_given_and_expected(arguments, kind, text):
         ops.fold_columns(*arguments)
 
 
-def test_backends_that_are_not_there_are_refused():
+def test_backends_that_are_not_available_are_refused():
     with pytest.raises(RuntimeError, match="no Triton backend"):
         ops.fold_columns(WEIGHT, SCALE, KEEP, backend="triton")
     with pytest.raises(ValueError, match="backend is 'magic'"):

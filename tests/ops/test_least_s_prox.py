@@ -178,13 +178,13 @@ def test_a_nan_row_leaves_the_others_alone(prox):
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (0, 0), (3, 0)])
-def test_empty(prox, shape):
+def test_empty_masks_sum_to_zero(prox, shape):
     result = prox(torch.empty(shape, device=prox.device), 2.0, 0.5)
     assert result.sum_sq.tolist() == result.next_sq.tolist() == [0.0] * shape[0]
 
 
 @pytest.mark.parametrize("N", [100, 4096])
-def test_rows_may_lie_apart(prox, N):
+def test_rows_may_be_any_distance_apart(prox, N):
     whole = rows_of("random", 6, N + 13)
     expected = whole.clone()
     reference(expected[::2, 5 : 5 + N], torch.tensor(33.0), torch.tensor(0.5))
@@ -238,7 +238,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("case", ERRORS)
-def test_errors_say_given_expected_do(case):
+def test_errors_say_what_was_given_and_what_to_do(case):
     mask, s, shrink, backend, kind, text = ERRORS[case]
     with pytest.raises(kind, match=text):
         ops.least_s_prox_(mask, s, shrink, backend=backend)

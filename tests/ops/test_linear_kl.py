@@ -120,7 +120,7 @@ def test_autocast_multiplies_in_bfloat16_and_sums_in_float32():
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_it_compiles_whole(softcap):
+def test_compiles_as_one_graph(softcap):
     s, t, W, b = tensors(20, 8, 31, torch.float32)
 
     def loss(s, t):

@@ -132,7 +132,7 @@ def test_takes_the_reference_step(step, at, scheduled):
 @pytest.mark.parametrize(
     "ffn", [(1, 1), (2, 63), (2, 1536), (2, 11008), (1, 18433), (1, 53248), (1, 53249)]
 )
-def test_widths(step, ffn):
+def test_any_ffn_width_takes_the_reference_step(step, ffn):
     c = rates()
     head, ffn = masks_of(seed=4, heads=(2, 3), ffn=ffn)
     D = ffn.shape[1]
@@ -141,7 +141,7 @@ def test_widths(step, ffn):
     assert_same_step(step, head, ffn, state, table, c)
 
 
-def test_models_without_prunable_heads(step):
+def test_models_without_prunable_heads_take_the_reference_step(step):
     c = rates(a_head=0.0, a_ffn=1.0)
     _, ffn = masks_of(seed=5)
     state = state_of(step=4, y=1.1, z=0.2, r_ffn=0.2, s_ffn=89.6)
@@ -190,7 +190,7 @@ def test_two_runs_agree_to_the_bit(step):
     assert torch.equal(*results)
 
 
-def test_errors_say_given_expected_do():
+def test_errors_say_what_was_given_and_what_to_do():
     c = rates()
     head, ffn = masks_of(seed=8)
     state, table = state_of(), legal_splits(c)

@@ -190,7 +190,7 @@ def compiled():
 @pytest.mark.slow
 @pytest.mark.parametrize("target", [80, 90])
 @pytest.mark.parametrize("case", CASES, ids=Case.name)
-def test_machine_code(compiled, case, target):
+def test_kernels_compile_with_the_expected_spills_and_128_bit_accesses(compiled, case, target):
     found = compiled[f"{case.name()}/sm_{target}"]
     assert found["spills"] <= case.spills, f"local memory accesses: {found}"
     assert found["loop_spills"] <= case.loop_spills, f"local memory accesses in loops: {found}"

@@ -273,6 +273,6 @@ def test_sizes_are_parsed(text, size):
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "5 bananas"])
-def test_sizes_that_are_none_are_refused(text):
+def test_texts_that_are_not_sizes_are_refused(text):
     with pytest.raises(ValueError, match="expected a size such as '5GB'"):
         parse_size(text)

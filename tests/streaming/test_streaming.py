@@ -232,7 +232,7 @@ def test_progress_without_a_terminal_is_a_plain_line(tmp_path, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_a_stretch_of_rows_that_all_go_writes_nothing(tmp_path, monkeypatch):
+def test_a_stretch_of_pruned_rows_writes_nothing(tmp_path, monkeypatch):
     """The last piece of a tensor keeps no row: its bytes must not land behind the tensor."""
     from maskprune.streaming.progress import ByteProgress
     from maskprune.streaming.safetensors_file import Planned, read_header

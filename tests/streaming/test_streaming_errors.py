@@ -121,7 +121,7 @@ def test_masks_of_another_model_are_refused(tmp_path, refused):
             stream(source, masks_file, tmp_path / "out")
 
 
-def test_masks_that_are_no_uniform_masks_are_refused(tmp_path, refused):
+def test_masks_that_are_not_uniform_are_refused(tmp_path, refused):
     source, masks_file, _, masks = prepared(tmp_path)
     with torch.no_grad():
         masks.ffn[0, masks.ffn[0].nonzero()[0]] = 0

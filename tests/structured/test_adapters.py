@@ -154,7 +154,7 @@ def test_a_float64_run_passes_its_proof():
     assert difference.relative <= TOLERANCE[torch.float64]
 
 
-def test_export_leaves_a_masked_model_that_can_go_on():
+def test_export_leaves_a_masked_model_that_can_train_on():
     model, masks = adapted(lora())
     before = copy.deepcopy(model.state_dict())
     export(model, masks)

@@ -37,7 +37,7 @@ def left(W, X, m, D):
 
 
 @pytest.mark.parametrize("gone", [0, 1, 4, 9])
-def test_at_full_rank_it_is_the_least_squares_solution(gone):
+def test_at_full_rank_the_compensation_is_the_least_squares_solution(gone):
     W, X, m = problem(gone=gone)
     A, B = low_rank_compensation(W, X @ X.T, m, rank=6, ridge=0.0)
     K = m.nonzero()[:, 0]
@@ -87,7 +87,7 @@ def test_nothing_pruned_and_all_pruned_change_nothing(value):
     assert A.shape == (0, 10) and B.shape == (6, 0)
 
 
-def test_channels_that_never_fire_are_no_trouble():
+def test_channels_that_are_always_zero_are_solved_too():
     W, X, m = problem()
     X[m.nonzero()[:3, 0]] = 0
     A, B = low_rank_compensation(W, X @ X.T, m, rank=6)
@@ -106,7 +106,7 @@ def test_a_gram_that_rounding_left_indefinite_is_solved_with_more_ridge():
     assert torch.isfinite(A).all() and torch.isfinite(B).all()
 
 
-def test_of_two_active_adapters_only_one_carries_it():
+def test_of_two_active_adapters_only_one_takes_the_compensation():
     def weight(names):
         model = tiny_model("llama")
         config = LoraConfig(r=8, lora_alpha=8, target_modules=["down_proj"])
@@ -157,7 +157,9 @@ def first_layer_error(kind, model, masks, ids):
 @pytest.mark.parametrize("head_unit", ["kv_group", "query_head"])
 @pytest.mark.parametrize("kind", ["head", "ffn"])
 @pytest.mark.parametrize("family", KINDS)
-def test_every_kind_of_family_comes_nearer_to_its_dense_self(family, kind, head_unit):
+def test_compensation_brings_every_kind_of_family_nearer_to_the_dense_model(
+    family, kind, head_unit
+):
     if kind == "head" and not FAMILIES[family].prunes_heads:
         pytest.skip("its heads stay")
     model, masks = adapted(family, head_unit, rank=32)
@@ -193,7 +195,7 @@ def test_layers_in_several_passes_give_the_same_as_all_at_once(monkeypatch):
         assert torch.equal(p, q)
 
 
-def test_matrices_without_adapters_or_without_anything_pruned_stay_alone():
+def test_matrices_without_adapters_or_pruned_channels_stay_as_they_are():
     model, masks = adapted("llama", targets=["q_proj", "v_proj"])
     kept = masks.head.detach().clone(), masks.ffn.detach().clone()
     assert compensate(model, masks, kept, tokens()) == []
@@ -202,7 +204,7 @@ def test_matrices_without_adapters_or_without_anything_pruned_stay_alone():
     assert len(compensate(model, masks, kept, tokens())) == 4
 
 
-def test_an_adapter_of_another_scale_ends_at_the_same_weights():
+def test_an_adapter_of_another_scale_gives_the_same_weights():
     ids = tokens(8, 20)
     products = []
     for alpha in (8, 32):

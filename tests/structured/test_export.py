@@ -200,7 +200,7 @@ def test_the_config_reads_the_same_in_transformers_4_and_5(tmp_path):
     assert config["head_dim"] == 8
 
 
-def test_the_exported_model_generates_with_cache_as_without(tmp_path):
+def test_the_exported_model_generates_the_same_with_and_without_cache(tmp_path):
     model, masks = masked("qwen2")
     again = reloaded(export(model, masks), tmp_path / "out")
     prompt = tokens(1, 5)

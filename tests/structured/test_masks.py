@@ -138,12 +138,12 @@ def test_two_kinds_of_masks_on_one_model_are_refused():
         ),
     ],
 )
-def test_what_is_no_causal_lm_is_named(attach, model, message):
+def test_a_model_that_is_not_a_causal_lm_is_named(attach, model, message):
     with pytest.raises(TypeError, match=message):
         attach(model())
 
 
-def test_a_sparsity_that_is_no_number_is_named():
+def test_a_sparsity_that_is_not_a_number_is_named():
     with pytest.raises(TypeError, match="sparsity is 'abc'; expected a number"):
         Budget(tiny_model("llama"), "abc")
 

@@ -299,7 +299,7 @@ def test_without_compensation_the_masks_train_on_as_the_papers_do():
     assert (kept < 1).any() and max(result.residuals.values()) < 1e-2
 
 
-def test_by_default_units_go_at_once_and_a_setting_of_the_masks_asks_to_learn_them(capsys):
+def test_by_default_units_are_removed_at_once_and_a_mask_setting_selects_learning(capsys):
     assert PruneConfig(sparsity=0.3).chooser == "taylor"
     for setting in (dict(mask_lr=1e-2), dict(warm_start="none"), dict(reach=0.3)):
         assert PruneConfig(sparsity=0.3, **setting).chooser == "maskprune"

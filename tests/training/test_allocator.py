@@ -28,7 +28,7 @@ print(before - resident())
 
 
 @pytest.mark.skipif(not hasattr(os, "confstr") or sys.platform != "linux", reason="glibc only")
-def test_what_is_freed_between_what_stays_goes_back_to_the_system():
+def test_memory_freed_between_blocks_in_use_returns_to_the_system():
     if "glibc" not in (os.confstr("CS_GNU_LIBC_VERSION") or ""):
         pytest.skip("glibc only")
     names = ("MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD")

@@ -62,7 +62,7 @@ def test_moments_of_eight_bits_learn_as_those_of_32(torchao):
     assert found[32] < 0.05 and found[8] < 0.1
 
 
-def test_a_run_with_eight_bits_goes_on_to_the_bit(torchao, tmp_path):
+def test_a_run_with_eight_bits_resumes_to_the_bit(torchao, tmp_path):
     def run(resume):
         torch.manual_seed(0)
         model = tiny_model("llama", hidden_size=64, num_attention_heads=8)

@@ -38,7 +38,7 @@ def test_the_hard_mode_is_the_model_with_its_chosen_masks_applied(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
-def test_off_and_detached_the_model_is_as_it_was(family):
+def test_with_masks_off_or_detached_the_model_is_the_original(family):
     model, original = tiny_model(family), tiny_model(family)
     before = dict(model.state_dict())
     masks = attach_two_four(model)
@@ -175,7 +175,7 @@ def test_how_often_the_choice_is_the_prior_at_the_start(strength, agreed):
     assert float(share) == pytest.approx(agreed, abs=0.006)
 
 
-def test_statistics_say_how_sure_and_how_restless():
+def test_statistics_give_the_mean_probability_and_the_share_that_changed():
     model = tiny_model("llama")
     masks = attach_two_four(model)
     masks.schedule(1e6, 0.05)
@@ -219,7 +219,7 @@ def test_torch_compile_sees_the_masks():
     )
 
 
-def test_what_cannot_work_is_said():
+def test_arguments_that_cannot_work_are_refused():
     model = tiny_model("llama")
     prior = one_shot_masks(model, "magnitude")
     name = next(iter(prior))

@@ -206,7 +206,7 @@ def test_matrices_that_cannot_be_pruned_are_refused(W, H, text):
         sparsegpt(W, H)
 
 
-def test_products_are_float32_whatever_the_caller_allows_and_his_choice_comes_back():
+def test_products_are_float32_whatever_the_caller_allows_and_the_setting_is_restored():
     places = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
     if not all(hasattr(place, "fp32_precision") for place in places):
         pytest.skip("torch before 2.9 has no precision per backend")

@@ -121,7 +121,7 @@ def test_candidates_and_masks_are_each_other_s_inverse():
     assert mask_of(torch.tensor([[0, 5]])).int().tolist() == [[1, 1, 0, 0, 0, 0, 1, 1]]
 
 
-def test_what_is_no_mask_has_no_candidate():
+def test_masks_that_are_not_two_four_have_no_candidates():
     with pytest.raises(ValueError, match="1 of 2 groups"):
         candidate_of(torch.tensor([[1, 1, 0, 0, 1, 1, 1, 0]]).bool())
     with pytest.raises(TypeError, match="torch.float32; expected torch.bool"):
@@ -331,7 +331,7 @@ def test_foreign_and_damaged_files_are_one_clear_error(tmp_path, changes, tensor
         load_masks(path)
 
 
-def test_what_is_no_masks_file_at_all_is_one_clear_error(tmp_path):
+def test_a_file_of_another_kind_is_one_clear_error(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         load_masks(tmp_path)
     (tmp_path / "text").write_text("no safetensors here, only a line of text")

@@ -37,7 +37,7 @@ def run(tmp_path=None, family="llama", resume=False, **changes):
     return sparsify(model, None, data(), config, run_dir=tmp_path, resume=resume, quiet=True)
 
 
-def test_a_model_in_float16_learns_no_masks_but_is_chosen_for():
+def test_a_float16_model_takes_one_shot_masks_but_learns_none():
     model = tiny_model("llama", dtype=torch.float16)
     with pytest.raises(ValueError, match="in float16.*--dtype bfloat16 or float32"):
         sparsify(model, None, data(), SparsifyConfig(**QUICK), quiet=True)
@@ -136,7 +136,7 @@ def test_every_way_of_learning_ends_two_four(changes):
     assert is_sparse(result.model) and result.difference.largest == 0
 
 
-def test_runs_repeat_to_the_bit_and_go_on_to_the_bit(tmp_path):
+def test_runs_repeat_and_resume_to_the_bit(tmp_path):
     # Without a prior the choices move to the end, so that `changed` has something to compare.
     ways = dict(save_steps=12, prior="none")
     whole, again = run(tmp_path / "whole", **ways), run(tmp_path / "again", **ways)
@@ -182,7 +182,7 @@ def test_the_schedules_run_from_start_to_end():
     assert trace[0]["lr"] > 0.9 * 5e-3 and trace[-1]["lr"] == pytest.approx(5e-4)
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+def test_a_nan_loss_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
     forward = SparsifyTrainer.compute_loss
 
     def broken(self, *args, **kw):
@@ -217,6 +217,6 @@ def test_a_failed_run_takes_its_masks_off(monkeypatch):
         (dict(regulariser="l2"), "expected one of relative, sum"),
     ],
 )
-def test_settings_that_cannot_work_are_said(changes, said):
+def test_settings_that_cannot_work_are_refused(changes, said):
     with pytest.raises(ValueError, match=said):
         SparsifyConfig(**(QUICK | changes))
