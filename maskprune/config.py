@@ -249,7 +249,9 @@ class SparsifyConfig(RunConfig):
         128, "Blocks of seq_len tokens that sparsegpt and wanda read."
     )
     learning_rate: float | None = _setting(
-        None, "Learning rate of the logits, 1 / steps up to 5e-3; falls to a tenth by a cosine."
+        None,
+        "Learning rate of the logits, by default 1 / steps, at most 5e-3; falls to a tenth by a"
+        " cosine.",
     )
     weight_decay: float = _setting(0.1, "AdamW's weight decay of the logits.")
     kappa_start: float = _setting(100.0, "Scale of the logits in the softmax at the first step.")
@@ -322,7 +324,7 @@ class EvalConfig:
     )
     limit: int | None = _setting(None, "At most this many windows, and documents per task.")
     num_fewshot: int | None = _setting(
-        None, "Examples in each prompt; by default the task's own number."
+        None, "Few-shot examples in a prompt; by default the task's own number."
     )
     batch_size: int = _setting(1, "Windows or requests per forward pass.")
     dtype: str = _setting("auto", "auto (as stored), float32, bfloat16 or float16.")

@@ -54,7 +54,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def own_file(result: Path, name: str) -> Path:
-    """The path of one of maskprune's own files in a result: in maskprune/, or at an old one's top.
+    """Where a result keeps one of maskprune's own files: in maskprune/; in older ones at the top.
 
     Apart from the weights, because engines read every safetensors file at the top as weights.
     """
