@@ -142,7 +142,7 @@ def test_kernels_is_not_a_top_level_package():
 
 
 def test_no_two_test_files_have_one_name():
-    """The test folders are no packages, so pytest takes two of one name for one module."""
+    """The test folders are not packages, so pytest takes two files of one name for one module."""
     names = [p.name for p in (ROOT / "tests").rglob("*.py") if p.name != "conftest.py"]
     names += [p.name for p in (ROOT / "benchmarks").rglob("test_*.py")]
     assert len(names) == len(set(names)), sorted(n for n in set(names) if names.count(n) > 1)

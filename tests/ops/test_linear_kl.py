@@ -27,7 +27,7 @@ def tensors(n, d, vocabulary, dtype=torch.float64, seed=0):
 
 
 def run(function, s, *args, **options):
-    """Loss and gradient by the student's hidden states."""
+    """Loss, and its gradient with respect to the student's hidden states."""
     s = s.detach().clone().requires_grad_()
     loss = function(s, *args, **options)
     (gradient,) = torch.autograd.grad(loss, s)
@@ -162,7 +162,7 @@ def test_backward_twice_gives_the_same_and_a_second_derivative_is_refused():
 
 
 class Largest(TorchDispatchMode):
-    """The most elements that an operation gave back at once."""
+    """The size of the largest tensor that an operation returned, in elements."""
 
     elements = 0
 

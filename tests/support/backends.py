@@ -1,4 +1,4 @@
-"""On what the tests of operations run: backends, instruction sets, devices."""
+"""What the tests of operations run on: backends, instruction sets, devices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def available_isas() -> list[str]:
 
 
 def refusal(isa: str) -> str | None:
-    """What the extension says against an instruction set; None if it runs it."""
+    """Why the extension refuses an instruction set; None if it runs it."""
     try:
         cpp(torch.zeros(1, 1), torch.tensor(0.0), torch.tensor(1.0), isa)
     except ValueError as error:

@@ -119,7 +119,7 @@ def _read(cubin: bytes, triton_folder: Path) -> dict[str, Any]:
 
 
 def _loop_spills(code: str) -> int:
-    """Local accesses that control can reach again from themselves."""
+    """Accesses to local memory inside a loop."""
     lines = [(int(a, 16), text) for a, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", code)]
     place = {address: i for i, (address, _) in enumerate(lines)}
     after: list[list[int]] = []

@@ -1,4 +1,4 @@
-"""Freed memory goes back to the system, though some of what came with it stays."""
+"""Freed memory returns to the system, though blocks allocated beside it are still in use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a source of text is, and the documents in it."""
+"""Sources of text and the documents in them."""
 
 from __future__ import annotations
 
