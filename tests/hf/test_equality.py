@@ -45,7 +45,7 @@ def test_slices_give_what_whole_logits_give(family, monkeypatch):
 
 
 class LargestLogits(TorchDispatchMode):
-    """The size of the largest tensor over the vocabulary that an operation returned, in elements."""
+    """Elements of the largest tensor over the vocabulary that an operation returned."""
 
     elements = 0
 

@@ -1,4 +1,4 @@
-"""Safetensors headers: checked in full when read, written as the format's own library writes them."""
+"""Safetensors headers: checked in full, and written as the format's own library writes them."""
 
 from __future__ import annotations
 
