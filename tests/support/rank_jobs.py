@@ -20,7 +20,7 @@ from maskprune.structured.distill import DistillLoss, distill
 from maskprune.structured.prune import PruneResult, prune
 from maskprune.training.checkpoints import newest
 from maskprune.training.distributed import barrier, rank
-from maskprune.training.sharding import whole
+from maskprune.training.sharding import own_part, whole
 from maskprune.two_four.sparsify import SparsifyTrainer, sparsify
 
 COMMON: dict[str, Any] = dict(batch_size=4, seq_len=16, logging_steps=20, autocast="none")
@@ -76,9 +76,16 @@ def trained(result: PruneResult) -> dict[str, torch.Tensor]:
 
 
 def sparsify_one(
-    method: str, run: Path | None = None, resume: bool = False, **changes: Any
+    method: str,
+    run: Path | None = None,
+    resume: bool = False,
+    sizes: dict[str, int] | None = None,
+    **changes: Any,
 ) -> dict[str, torch.Tensor]:
-    """The masks that a method chooses, and with maskllm the logits behind them."""
+    """The masks that a method chooses, and with maskllm the logits behind them.
+
+    Of moments in eight bits, the bytes that this process holds.
+    """
     logits: dict[str, torch.Tensor] = {}
     honest = SparsifyTrainer.train
 
@@ -86,12 +93,16 @@ def sparsify_one(
         done = honest(self, *args, **kw)
         own = self.masks.named_parameters().items()
         logits.update({f"logits {n}": whole(p.detach()) for n, p in own})
+        for state in self.optimizer.state.values():
+            for n, moment in state.items():
+                if hasattr(codes := own_part(moment), "codes"):
+                    logits[f"{n} {len(logits)}"] = codes.codes
         return done
 
     SparsifyTrainer.train = train  # type: ignore[method-assign]
     try:
         config = SparsifyConfig(method=method, **(SPARSIFY | changes))
-        model = tiny_model("llama", num_hidden_layers=2)
+        model = tiny_model("llama", num_hidden_layers=2, **(sizes or {}))
         result = sparsify(model, None, blocks(), config, run_dir=run, resume=resume)
     finally:
         SparsifyTrainer.train = honest  # type: ignore[method-assign]
@@ -157,6 +168,19 @@ def refused(**changes: Any) -> str:
     except ValueError as error:
         return str(error)
     raise AssertionError("not refused")
+
+
+def sparsify_in_eight_bits(folder: Path) -> None:
+    """On two ranks: 2:4 with sharded moments in eight bits, at once and gone on with."""
+    # torchao's compilation takes longer than the run.
+    torch.compiler.set_stance("force_eager")
+    sizes = dict(hidden_size=128, num_attention_heads=16)
+    settings = TWO_FOUR | dict(shard="full", optimizer_bits=8, sizes=sizes)
+    found = {"at once": sparsify_one("maskllm", folder / "run", **settings)}
+    again = go_on("again", folder / "run", folder)
+    found["again"] = sparsify_one("maskllm", again, resume=True, **settings)
+    torch.save(found, folder / f"found.{rank()}")
+    dist.destroy_process_group()
 
 
 def train_on_four(folder: Path) -> None:

@@ -19,6 +19,7 @@ from rank_jobs import (
     command,
     command_with_nan,
     prune_one,
+    sparsify_in_eight_bits,
     sparsify_one,
     train_all,
     train_and_resume,
@@ -122,6 +123,18 @@ def test_sharded_two_four_goes_on_with_any_number_of_processes(sharded, alone, t
     require_close(first["maskllm 1 to 2"], alone[1]["maskllm"])
     run = unfinished(folder / "maskllm", tmp_path / "again")
     require_close(sparsify_one("maskllm", run, resume=True, **TWO_FOUR), alone[1]["maskllm"])
+
+
+def test_sharded_moments_of_eight_bits_go_on_to_the_bit(tmp_path):
+    pytest.importorskip("torchao", exc_type=ImportError)
+    run_ranks(2, sparsify_in_eight_bits, tmp_path)
+    for r in range(2):
+        found = torch.load(tmp_path / f"found.{r}")
+        moments = [v for name, v in found["at once"].items() if name.startswith("exp_avg")]
+        # Of the part that this rank holds; smaller parts stay in 32 bits.
+        assert moments and all(codes.dtype == torch.uint8 for codes in moments)
+        assert max(codes.numel() for codes in moments) == 6 * 128 * 128 // 4 // 2
+        require_same(found["again"], found["at once"])
 
 
 def test_the_masks_signal_is_that_of_one_process(runs, alone):
