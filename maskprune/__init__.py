@@ -1,4 +1,4 @@
-"""maskprune: structured and 2:4 pruning that gives back a stock, proven checkpoint.
+"""maskprune: structured and 2:4 pruning that returns a stock, proven checkpoint.
 
 Names are loaded on first use, so that the command line answers `--help` without torch.
 """

@@ -108,9 +108,7 @@ class RunConfig:
     seed: int = _setting(
         0, "Of the data order and all that is random; CPU runs repeat bit for bit."
     )
-    save_steps: int = _setting(
-        100, "Steps between checkpoints; a killed run loses no more than that."
-    )
+    save_steps: int = _setting(100, "Steps between checkpoints: the most that a killed run loses.")
     logging_steps: int = _setting(10, "Steps between rows of the trace.")
 
     def __post_init__(self) -> None:

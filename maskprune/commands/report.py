@@ -308,7 +308,7 @@ def _sections(
             plots.RESOURCE,
             "resource",
             "On the way to the budget",
-            "R is the share of attention and FFN weights kept, R* what was asked for. The split "
+            "R is the share of attention and FFN weights kept, R* the budget. The split "
             "between heads and FFN units is learned.",
         ),
         (
@@ -316,7 +316,7 @@ def _sections(
             "uniformity",
             "How uniform the layers are",
             "How far the layers' FFN widths differ, and the largest mask among the units to be "
-            "pruned; what is left of it at the end is cut.",
+            "pruned, which are set to 0 at the end.",
         ),
         (
             # Masks that begin equal have no ranking to leave.

@@ -38,7 +38,7 @@ def least_s_prox_(
     like an optimizer's, outside autograd, also on parameters.
 
     A NaN in a row, in its s or in shrink leaves that row as it is and makes both of its results
-    NaN: the caller can stop at a checkpoint of its own without a host synchronisation here.
+    NaN: the caller can notice it later, without a host synchronisation here.
 
     Args:
         mask: (R, N) float32, any sign, changed in place; entries of a row adjacent in memory,

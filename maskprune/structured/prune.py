@@ -80,7 +80,7 @@ SETTLED_WARMUP = 0.05
 
 @dataclass
 class PruneResult:
-    """What `prune` gives back.
+    """What `prune` returns.
 
     Attributes:
         model: the stock pruned model; None where no process holds all of it (`--shard full`):
@@ -301,7 +301,7 @@ def prune(
     quiet: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> PruneResult:
-    """Prune heads and FFN units to the budget, train what stays, give back a stock model.
+    """Prune heads and FFN units to the budget, train what stays, return a stock model.
 
     The units go at once by a ranking, or their masks are learned by MaskPrune: `config.method`.
 

@@ -72,7 +72,7 @@ REGULARISER_WEIGHTS = {"relative": 1500.0, "sum": 1e-5}
 
 @dataclass
 class SparsifyResult:
-    """What `sparsify` gives back.
+    """What `sparsify` returns.
 
     Where no process holds all of the model (`--shard full`), it stays dense under its hard masks,
     only rank 0 has masks, and the difference is None.
