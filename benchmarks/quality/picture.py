@@ -25,6 +25,8 @@ ARMS = {
     "maskprune-cold": ("masks learned from 1", "#AA4499"),
     "paper": ("the paper's own settings", "#000000"),
 }
+# Perplexities above it would flatten the rest: they stand at the top edge with their number.
+HIGHEST = 60.0
 Points = dict[str, dict[int, list[float]]]
 
 
@@ -46,11 +48,26 @@ def draw(found: Points, dense: float, out: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
     plt.rcParams["svg.hashsalt"] = "maskprune"
     figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
     for arm, by_tokens in found.items():
         name, colour = ARMS[arm]
+        for tokens, values in by_tokens.items():
+            if min(values) > HIGHEST:
+                axes.annotate(
+                    f"{name}: {min(values):.0f}",
+                    (tokens, HIGHEST),
+                    (tokens, HIGHEST - 1.5),
+                    color=colour,
+                    fontsize=9,
+                    ha="right",
+                    arrowprops={"arrowstyle": "->", "color": colour},
+                )
+        by_tokens = {t: v for t, v in by_tokens.items() if min(v) <= HIGHEST}
+        if not by_tokens:
+            continue
         means = [sum(v) / len(v) for v in by_tokens.values()]
         below = [m - min(v) for m, v in zip(means, by_tokens.values(), strict=True)]
         above = [max(v) - m for m, v in zip(means, by_tokens.values(), strict=True)]
@@ -60,6 +77,10 @@ def draw(found: Points, dense: float, out: Path) -> None:
         )  # fmt: skip
     axes.axhline(dense, color="#444444", linestyle=":", linewidth=1.2, label="dense")
     axes.set_xscale("log")
+    axes.set_ylim(dense - 1, HIGHEST)
+    axes.xaxis.set_major_locator(FixedLocator([3e5, 5e5, 1e6, 2e6, 3e6, 5e6, 1e7]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1e6:g} M"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("tokens read, ranking and compensation counted")
     axes.set_ylabel("held-out perplexity")
     axes.grid(color="#E4E4E4", linewidth=0.8)
