@@ -48,11 +48,13 @@ class _Signals:
 
     def agree(self) -> bool:
         """Whether any process of the run has received a signal; all must ask at the same step."""
-        if dist.is_available() and dist.is_initialized():
-            told = torch.tensor(self.received or 0)
-            dist.all_reduce(told, dist.ReduceOp.MAX, group=self.group)
-            self.received = int(told) or None
-        return self.received is not None
+        if not (dist.is_available() and dist.is_initialized()):
+            return self.received is not None
+        told = torch.tensor(self.received or 0)
+        dist.all_reduce(told, dist.ReduceOp.MAX, group=self.group)
+        # A signal that came in between was not told: it stands until the next step.
+        self.received = int(told) or self.received
+        return bool(told)
 
 
 _signals = _Signals()

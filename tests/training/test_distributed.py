@@ -33,6 +33,7 @@ from ranks import launch, run_ranks, said, wait
 from safetensors.torch import load_file
 
 from maskprune.cli import main
+from maskprune.training import interrupt
 from maskprune.two_four.patterns import load_masks
 
 # Largest difference of what one process and several train in 40 steps, by what it is.
@@ -268,6 +269,18 @@ def test_a_signal_stops_all_ranks_after_one_step_with_a_checkpoint(place, ranks)
     assert not (place / "first" / "err.1").read_text()
     (checkpoint,) = (place / "out.run").glob("checkpoint-*")
     assert (checkpoint / "complete.json").exists() and not (place / "out").exists()
+
+
+def test_a_signal_that_comes_while_the_ranks_agree_is_told_at_the_next_step(monkeypatch):
+    signals = interrupt._Signals()
+    monkeypatch.setattr(interrupt.dist, "is_initialized", lambda: True)
+
+    def all_reduce(told, *_, **__):
+        signals.received = signal.SIGTERM
+
+    monkeypatch.setattr(interrupt.dist, "all_reduce", all_reduce)
+    assert not signals.agree()
+    assert signals.agree() and signals.received == signal.SIGTERM
 
 
 @pytest.mark.parametrize(
