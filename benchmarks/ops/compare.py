@@ -109,8 +109,7 @@ def main(given: list[str] | None = None) -> int:
 
     parser = Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("checkouts", type=Path, nargs=2, metavar="CHECKOUT")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=0.2, help="a case and a round")
+    parser.add_argument("--each", type=float, default=0.15, help="seconds a case and a round")
     args = parser.parse_args(given)
     rounds = []
     for number in range(args.rounds):
@@ -118,7 +117,7 @@ def main(given: list[str] | None = None) -> int:
         for place in sorted((0, 1), reverse=number % 2 == 1):
             checkout = str(args.checkouts[place].resolve())
             done = subprocess.run(
-                [sys.executable, __file__, "--measure", str(args.seconds)],
+                [sys.executable, __file__, "--measure", str(args.each)],
                 env=os.environ | {"PYTHONPATH": checkout, "OMP_NUM_THREADS": "1"},
                 capture_output=True,
                 text=True,
