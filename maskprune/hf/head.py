@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -33,7 +34,7 @@ class Head:
     @property
     def weight(self) -> torch.Tensor:
         """(V, d)."""
-        return self.module.get_parameter("weight")
+        return cast(torch.Tensor, self.module.weight)
 
     @property
     def bias(self) -> torch.Tensor | None:

@@ -236,7 +236,7 @@ def test_a_signal_before_training_leaves_nothing_and_promises_nothing(place, cap
 
 def stopped(place: Path, monkeypatch, step: int = 12) -> None:
     """A run that was interrupted after its first checkpoint."""
-    from maskprune.structured.prune import PruneTrainer
+    from maskprune.structured.trainer import PruneTrainer
 
     loss = PruneTrainer.compute_loss
 

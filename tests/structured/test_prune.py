@@ -12,7 +12,8 @@ from transformers import TrainerCallback
 
 from maskprune.config import PruneConfig
 from maskprune.hf.equality import compare_logits
-from maskprune.structured.prune import PruneTrainer, prune
+from maskprune.structured.prune import prune
+from maskprune.structured.trainer import PruneTrainer
 
 QUICK = dict(
     method="maskprune",
