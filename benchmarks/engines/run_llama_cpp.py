@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import random
 import sys
-import time
 from typing import Any
 
 import numpy as np
 import xllamacpp.xllamacpp
 from llama_cpp_py_sync._cffi_bindings import get_ffi
+
+from benchmarks.engines.turns import Clock, take_turns
 
 # One wheel has the library, for older Linux systems too; the other, the declarations beside it.
 ffi = get_ffi()
@@ -126,32 +126,20 @@ def perplexity(path: str, windows: str, threads: int) -> dict[str, Any]:
 def race(
     paths: dict[str, str], threads: int, prefill: int, decode: int, rounds: int
 ) -> dict[str, dict[str, list[float]]]:
-    """Tokens a second of every model, in turn and in random order, round by round.
-
-    One thread is timed by the process's CPU time, which what else runs on the machine leaves alone.
-    """
-    now = time.process_time if threads == 1 else time.perf_counter
+    """Tokens a second of every model; the KV cache in float16."""
     models = {name: Model(path, threads, exact=False) for name, path in paths.items()}
-    prompt = [100 + i for i in range(prefill)]
-    speeds: dict[str, dict[str, list[float]]] = {
-        name: {"prefill": [], "decode": []} for name in models
-    }
-    order = list(models)
-    for turn in range(rounds + 1):
-        random.Random(turn).shuffle(order)
-        for name in order:
-            model = models[name]
-            model.forget()
-            begin = now()
-            model.feed(prompt, 0)
-            middle = now()
-            for i in range(decode):
-                model.feed([200 + i], prefill + i)
-            end = now()
-            if turn:
-                speeds[name]["prefill"].append(prefill / (middle - begin))
-                speeds[name]["decode"].append(decode / (end - middle))
-    return speeds
+
+    def once(name: str, clock: Clock) -> tuple[float, float]:
+        model = models[name]
+        model.forget()
+        begin = clock()
+        model.feed([100 + i for i in range(prefill)], 0)
+        middle = clock()
+        for i in range(decode):
+            model.feed([200 + i], prefill + i)
+        return prefill / (middle - begin), decode / (clock() - middle)
+
+    return take_turns(models, rounds, threads, once)
 
 
 def load(path: str, threads: int) -> dict[str, Any]:

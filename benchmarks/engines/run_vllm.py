@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import sys
-import time
 from typing import Any
 
 import numpy as np
 from vllm import LLM, SamplingParams
 from vllm.model_executor.models import registry
+
+from benchmarks.engines.turns import Clock, take_turns
 
 LONGEST = 256
 KV_CACHE = 64 << 20
@@ -90,30 +90,19 @@ def compare(folder: str, reference: str) -> dict[str, Any]:
 def race(
     paths: dict[str, str], threads: int, prefill: int, decode: int, rounds: int
 ) -> dict[str, dict[str, list[float]]]:
-    """Tokens a second of every model in bfloat16, in turn and in random order, round by round.
-
-    One thread is timed by the process's CPU time, which what else runs on the machine leaves alone.
-    """
-    now = time.process_time if threads == 1 else time.perf_counter
+    """Tokens a second of every model in bfloat16."""
     models = {name: engine(path, "bfloat16") for name, path in paths.items()}
     prompt = [100 + i for i in range(prefill)]
-    speeds: dict[str, dict[str, list[float]]] = {
-        name: {"prefill": [], "decode": []} for name in models
-    }
-    order = list(models)
-    for turn in range(rounds + 1):
-        random.Random(turn).shuffle(order)
-        for name in order:
-            begin = now()
-            greedy(models[name], prompt, 1)
-            middle = now()
-            greedy(models[name], prompt, 1 + decode)
-            end = now()
-            if turn:
-                first = middle - begin
-                speeds[name]["prefill"].append(prefill / first)
-                speeds[name]["decode"].append(decode / (end - middle - first))
-    return speeds
+
+    def once(name: str, clock: Clock) -> tuple[float, float]:
+        begin = clock()
+        greedy(models[name], prompt, 1)
+        middle = clock()
+        greedy(models[name], prompt, 1 + decode)
+        first = middle - begin
+        return prefill / first, decode / (clock() - middle - first)
+
+    return take_turns(models, rounds, threads, once)
 
 
 TASKS = {"load": load, "compare": compare, "race": race}
