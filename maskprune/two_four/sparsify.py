@@ -9,7 +9,7 @@ import contextlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ from maskprune.hf.equality import (
     hidden_states_of,
     require_equal,
 )
-from maskprune.hf.families import stock_model, text_config
+from maskprune.hf.families import text_config
 from maskprune.hf.head import head_of, last_hidden_states
 from maskprune.training.checkpoints import (
     open_run,
@@ -244,7 +244,7 @@ def sparsify(
 
     Source: MaskLLM, arXiv 2409.17481, sections 3.2 and 3.3; the rates are those of its code.
     """
-    core = stock_model(model)
+    core = cast(PreTrainedModel, model)
     join_run(config, core)
     quiet = quiet or rank() > 0
     magnitude = config.method == "magnitude"
