@@ -8,6 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from models import VOCAB, tiny_model
 
 from maskprune.cli import main
 from maskprune.config import PruneConfig, SparsifyConfig
-from maskprune.structured import prune as loop
+from maskprune.structured import trainer
 from maskprune.structured.distill import DistillLoss, distill
 from maskprune.structured.prune import PruneResult, prune
 from maskprune.training.checkpoints import newest
@@ -215,7 +216,7 @@ def command_with_nan(folder: Path, arguments: list[str]) -> None:
         return DistillLoss(loss.total * float("nan"), loss.kl * float("nan"), loss.layer)
 
     if os.environ["RANK"] == "1":
-        loop.distill = broken
+        patch.object(trainer, "distill", broken).start()
     command(folder, arguments)
 
 
