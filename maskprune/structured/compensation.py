@@ -19,13 +19,11 @@ from maskprune.hf.families import FAMILIES, attention_output, ffn_output, layers
 from maskprune.structured.cuts import query_head_mask
 from maskprune.structured.distill import teacher_mode
 from maskprune.structured.masks import Masks
-from maskprune.structured.saliency import Observer, batches
+from maskprune.structured.saliency import Grams, Observer, Place, batches
 from maskprune.training.activations import add_gram, damped_factors
 from maskprune.training.distributed import sum_shares, world_size
 from maskprune.training.progress import Report
 from maskprune.training.sharding import set_whole, whole
-
-Place = tuple[str, int]
 
 # Limit of all H held at once; further layers take another pass over the calibration text.
 GRAM_BYTES = 4 * 2**30
@@ -87,6 +85,8 @@ def compensate(
     kept: tuple[torch.Tensor, torch.Tensor],
     blocks: torch.Tensor,
     progress: Report | None = None,
+    *,
+    summed: Grams | None = None,
 ) -> list[nn.Parameter]:
     """Reset the adapters of W_O and W_down to compensate for the units that `kept` prunes.
 
@@ -96,8 +96,9 @@ def compensate(
         model: the PEFT model under its masks.
         kept: the masks of heads and FFN units, 0 for pruned units, in the shapes of
             `masks.head` and `masks.ffn`.
-        blocks: (n, T) token ids on the model's device.
+        blocks: (n, T) token ids on the model's device; n may be 0 with `summed`.
         progress: called with (batches done, batches in all).
+        summed: H over text that `one_shot` has read, to which that of `blocks` is added; used up.
 
     Returns:
         The parameters that were set; their optimizer state no longer applies.
@@ -122,13 +123,28 @@ def compensate(
     ]
     changed: list[nn.Parameter] = []
     groups = _groups(todo, channels, _gram_bytes(blocks.device))
+    if summed and todo:
+        groups = [todo]
     for number, places in enumerate(groups):
-        parts = batches(blocks, progress, number, len(groups))
-        grams = _grams(model, masks, places, parts)
-        sum_shares(blocks, *(grams[place] for place in places))
+        grams: Grams = {}
+        if len(blocks):
+            parts = batches(blocks, progress, number, len(groups))
+            grams = _grams(model, masks, places, parts)
+            sum_shares(blocks, *(grams[place] for place in places))
+        if summed:
+            grams = {p: summed[p].add_(grams[p]) if p in grams else summed[p] for p in places}
+            summed.clear()
         for place in places:
             changed += _start(modules[place], grams.pop(place), channels[place], family.transposed)
     return changed
+
+
+def shared_grams(masks: Masks) -> Grams | None:
+    """Where `one_shot` puts every H while it ranks; None where they do not fit at once."""
+    family = FAMILIES[masks.family]
+    widths = [masks.shape.ffn] + [masks.shape.heads * masks.shape.head_dim] * family.prunes_heads
+    of_all = 4 * masks.shape.layers * sum(width**2 for width in widths)
+    return {} if of_all <= _gram_bytes(masks.ffn.device) else None
 
 
 def _groups(
@@ -157,9 +173,9 @@ def _gram_bytes(device: torch.device) -> int:
 
 def _grams(
     model: nn.Module, masks: Masks, places: list[Place], parts: Iterable[torch.Tensor]
-) -> dict[Place, torch.Tensor]:
+) -> Grams:
     """H of each place, float32, from the dense model's activations on `parts` (B, T)."""
-    grams: dict[Place, torch.Tensor] = {}
+    grams: Grams = {}
 
     def see(
         kind: str, layer: int, module: nn.Module, x: torch.Tensor, g: torch.Tensor | None

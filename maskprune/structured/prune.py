@@ -23,11 +23,11 @@ from maskprune.hf.quiet import quiet_transformers
 from maskprune.hf.shape import Shape, require_ranks
 from maskprune.structured.budget import Budget
 from maskprune.structured.callbacks import LockCallback, PruneCallback, SignalCallback
-from maskprune.structured.compensation import compensate
+from maskprune.structured.compensation import compensate, shared_grams
 from maskprune.structured.export import export
 from maskprune.structured.masks import Masks, attach_masks, load_masks
 from maskprune.structured.minimax import Minimax
-from maskprune.structured.saliency import one_shot, warm_start
+from maskprune.structured.saliency import Grams, one_shot, warm_start
 from maskprune.structured.signal import MaskSignal
 from maskprune.structured.trainer import PruneTrainer, settles
 from maskprune.training.checkpoints import (
@@ -239,21 +239,24 @@ def prune(
         def computing() -> torch.autocast:
             return torch.autocast(device.type, torch.bfloat16, enabled=autocast)
 
-        def compensation() -> list[nn.Parameter]:
+        def compensation(summed: Grams | None = None) -> list[nn.Parameter]:
             tokens = config.compensation_tokens or 32 * masks.shape.ffn
-            fitted = blocks[: -(-tokens // blocks.shape[1])].to(device)
+            read = len(sample) if summed else 0
+            fitted = blocks[read : max(read, -(-tokens // blocks.shape[1]))].to(device)
             what = "compensating for the pruned units"
             with (
                 trace.outside_steps(),
                 computing(),
-                reporting(what, fitted.numel(), quiet) as progress,
+                reporting(what, sample[:read].numel() + fitted.numel(), quiet) as progress,
             ):
-                return compensate(peft_model, masks, solver.kept(), fitted, progress)
+                return compensate(peft_model, masks, solver.kept(), fitted, progress, summed=summed)
 
         trace = TraceCallback(run / "trace.jsonl", config, quiet, _progress_line)
         own: list[TrainerCallback] = [PruneCallback(solver, config.max_grad_norm)]
         if checkpoint is None:
             ranking = config.warm_start if learned else config.chooser
+            # What the ranking reads is read once: its pass sums what the compensation needs too.
+            grams = shared_grams(masks) if config.compensate and not learned else None
             if config.method == "auto" and not learned:
                 note(AT_ONCE, quiet)
             if ranking != "none":
@@ -263,9 +266,9 @@ def prune(
                     if learned:
                         warm_start(*ranked)
                     else:
-                        solver.lock(one_shot(*ranked))
+                        solver.lock(one_shot(*ranked, grams=grams))
             if config.compensate and solver.locked:
-                compensation()
+                compensation(grams)
         signal = lock = None
         if learned:
             signal = MaskSignal(masks, on_first(lambda: first_masks(run, masks)))

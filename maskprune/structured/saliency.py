@@ -23,12 +23,15 @@ from maskprune.hf.families import (
 )
 from maskprune.structured.budget import Budget, Split
 from maskprune.structured.masks import Masks
-from maskprune.training.activations import add_squares
+from maskprune.training.activations import add_gram, add_squares
 from maskprune.training.distributed import own_batches, sum_shares
 from maskprune.training.progress import Report
 from maskprune.training.sharding import is_sharded, whole
 
 Saliency = tuple[torch.Tensor, torch.Tensor]
+# The kind, "head" or "ffn", and the layer of a W_O or W_down; the sum over tokens of its x x^T.
+Place = tuple[str, int]
+Grams = dict[Place, torch.Tensor]
 
 
 def _outputs(layer: nn.Module, family: Family) -> dict[str, nn.Module]:
@@ -76,6 +79,12 @@ class Observer:
             handle.remove()
 
 
+def _add_gram(grams: Grams | None, place: Place, module: nn.Module, x: torch.Tensor) -> None:
+    """Add x x^T of a module that has an adapter, and so may be compensated."""
+    if grams is not None and hasattr(module, "lora_A"):
+        grams[place] = add_gram(grams.get(place), x)
+
+
 # A step's logits are the largest thing in memory: vocabulary x tokens x 4 bytes, several times.
 TOKENS_AT_ONCE = 512
 
@@ -102,6 +111,7 @@ def taylor(
     *,
     per_sequence: bool = False,
     seed: int = 0,
+    grams: Grams | None = None,
 ) -> Saliency:
     """Second-order saliency of removing a unit, from the diagonal Fisher information of its mask.
 
@@ -117,6 +127,7 @@ def taylor(
         blocks: (n, T) token ids on the model's device.
         progress: called with (batches done, batches in all).
         seed: of the labels drawn with `per_sequence`.
+        grams: gets the sums that `compensate` takes, from the same pass.
 
     Returns:
         head (L, H) per query head (with `per_sequence` and `kv_group` units each head has an
@@ -129,6 +140,7 @@ def taylor(
     ffn = torch.zeros(shape.layers, shape.ffn, device=device)
 
     def see(kind: str, layer: int, module: nn.Module, x: torch.Tensor, g: torch.Tensor) -> None:
+        _add_gram(grams, (kind, layer), module, x)
         salience = x.float() * g.float()
         if kind == "head":
             salience = salience.unflatten(-1, (shape.heads, shape.head_dim)).sum(-1)
@@ -169,18 +181,27 @@ def taylor(
             p.requires_grad_(True)
         for p in trained:
             p.grad = None
-    sum_shares(blocks, head, ffn)
+    sum_shares(blocks, head, ffn, *_in_order(grams))
     return head, ffn
+
+
+def _in_order(grams: Grams | None) -> list[torch.Tensor]:
+    return [grams[place] for place in sorted(grams)] if grams else []
 
 
 @torch.no_grad()
 def wanda_sp(
-    model: nn.Module, masks: Masks, blocks: torch.Tensor, progress: Report | None = None
+    model: nn.Module,
+    masks: Masks,
+    blocks: torch.Tensor,
+    progress: Report | None = None,
+    *,
+    grams: Grams | None = None,
 ) -> Saliency:
     """Wanda-sp's saliency: mean over rows of |W_ij| ||x_j||_2, summed over a head's columns.
 
     Scores W_O's columns for heads and W_down's for FFN units (FLAP's baseline of that name), from
-    the unpruned model's activations throughout.
+    the unpruned model's activations throughout. `grams` as in `taylor`.
 
     Returns:
         head (L, H) per query head (0 where heads stay), ffn (L, F), float32;
@@ -192,6 +213,7 @@ def wanda_sp(
     def see(
         kind: str, layer: int, module: nn.Module, x: torch.Tensor, g: torch.Tensor | None
     ) -> None:
+        _add_gram(grams, (kind, layer), module, x)
         squares[kind, layer] = add_squares(squares.get((kind, layer)), x)
 
     training = model.training
@@ -202,7 +224,7 @@ def wanda_sp(
                 model(input_ids=ids, use_cache=False, logits_to_keep=1)
     finally:
         model.train(training)
-    sum_shares(blocks, *squares.values())
+    sum_shares(blocks, *squares.values(), *_in_order(grams))
     head = torch.zeros(shape.layers, shape.heads, device=blocks.device)
     ffn = torch.zeros(shape.layers, shape.ffn, device=blocks.device)
     for index, layer in enumerate(layers_of(model)):
@@ -301,18 +323,22 @@ def one_shot(
     budget: Budget,
     blocks: torch.Tensor,
     progress: Report | None = None,
+    *,
+    grams: Grams | None = None,
 ) -> Split:
     """Set the least salient units of every row to 0 and all others to 1; returns the split.
 
     `taylor` takes its `cheapest` split; `wanda-sp` and `random` (torch's own generator, no text)
-    take the split nearest to equal fractions of both kinds.
+    take the split nearest to equal fractions of both kinds. `grams`, where given, gets what
+    `compensate` takes as `summed`, from the same pass; it stays empty with `random`.
     """
     if kind == "random":
         shape = masks.shape
         saliency = torch.rand(shape.layers, shape.heads), torch.rand(shape.layers, shape.ffn)
         saliency = saliency[0].to(masks.ffn.device), saliency[1].to(masks.ffn.device)
     else:
-        saliency = (taylor if kind == "taylor" else wanda_sp)(model, masks, blocks, progress)
+        rank = taylor if kind == "taylor" else wanda_sp
+        saliency = rank(model, masks, blocks, progress, grams=grams)
     split = cheapest(masks, budget, saliency) if kind == "taylor" else nearest_equal(budget)
     ranked = [(masks.ffn, saliency[1], split.ffn)]
     if masks.head.numel():

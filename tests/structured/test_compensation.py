@@ -16,7 +16,8 @@ from maskprune.hf.families import (
     output_names,
 )
 from maskprune.structured import compensation, saliency
-from maskprune.structured.compensation import compensate, low_rank_compensation
+from maskprune.structured.budget import Budget
+from maskprune.structured.compensation import compensate, low_rank_compensation, shared_grams
 from maskprune.structured.distill import teacher_mode
 from maskprune.structured.export import export
 from maskprune.structured.masks import attach_masks
@@ -193,6 +194,35 @@ def test_layers_in_several_passes_give_the_same_as_all_at_once(monkeypatch):
         assert said == [(done, 4 * passes) for done in range(1, 4 * passes + 1)]
     for p, q in zip(*results, strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("read", [4, 8])
+@pytest.mark.parametrize("kind", ["taylor", "wanda-sp"])
+def test_what_the_ranking_reads_is_not_read_again(monkeypatch, kind, read):
+    ids = tokens(8, 20)
+    monkeypatch.setattr(saliency, "TOKENS_AT_ONCE", 40)
+    found, forwards = [], []
+    for grams in (None, {}):
+        model, masks = adapted("llama")
+        budget = Budget(model, 0.5, multiple_of=4)
+        saliency.one_shot(kind, model, masks, budget, ids[:read], grams=grams)
+        kept = masks.head.detach().clone(), masks.ffn.detach().clone()
+        calls = []
+        model.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        rest = ids if grams is None else ids[read:]
+        found.append(compensate(model, masks, kept, rest, summed=grams))
+        forwards.append(len(calls))
+    assert forwards == [4, (8 - read) // 2]
+    assert found[0]
+    for p, q in zip(*found, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
+
+
+def test_sums_that_do_not_fit_are_not_shared(monkeypatch):
+    _, masks = adapted("llama")
+    assert shared_grams(masks) == {}
+    monkeypatch.setattr(compensation, "GRAM_BYTES", 1000)
+    assert shared_grams(masks) is None
 
 
 def test_matrices_without_adapters_or_pruned_channels_stay_as_they_are():

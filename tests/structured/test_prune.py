@@ -195,18 +195,20 @@ def test_settings_that_cannot_work_are_refused_before_training(changes, message)
 def test_the_compensation_runs_once_when_the_shape_is_final(monkeypatch):
     from maskprune.structured import prune as training
 
-    calls = []
+    calls, shared = [], []
     honest = training.compensate
 
-    def counted(model, masks, kept, *rest):
+    def counted(model, masks, kept, *rest, summed):
         calls.append([int((m == 0).sum()) for m in kept])
-        return honest(model, masks, kept, *rest)
+        shared.append(bool(summed))
+        return honest(model, masks, kept, *rest, summed=summed)
 
     monkeypatch.setattr(training, "compensate", counted)
     result = run(reach=0.5)
     assert calls == [[int((m == 0).sum()) for m in (result.masks.head, result.masks.ffn)]]
     run(method="wanda-sp")
     assert len(calls) == 2
+    assert shared == [False, True], "a ranking at once reads its text for the compensation too"
     run(compensate=False)
     assert len(calls) == 2
 
