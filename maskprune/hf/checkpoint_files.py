@@ -41,8 +41,9 @@ LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "USE_POLICY.md", "NOTIC
 def stock_config(config: PreTrainedConfig) -> JsonObject:
     """The content of config.json, such that transformers 4 and 5 read the same model.
 
-    transformers 5 writes `rope_parameters` and `dtype`; 4 reads `rope_theta`, `rope_scaling` and
-    `torch_dtype`, and falls back silently to a wrong rope where they are missing.
+    transformers 5 writes `rope_parameters` and `dtype`; 4 reads `rope_theta`, `rope_scaling`,
+    `partial_rotary_factor` (GPT-NeoX: `rotary_pct`, `rotary_emb_base`) and `torch_dtype`, and falls
+    back silently to a wrong rope where they are missing. Engines read the older ones too.
     """
     content: JsonObject = json.loads(config.to_json_string(use_diff=True))
     content["model_type"] = config.model_type
@@ -68,6 +69,11 @@ def _write_twice(content: JsonObject, config: PreTrainedConfig) -> None:
     elif rope:
         content["rope_theta"] = rope.get("rope_theta", 10000.0)
         content["rope_scaling"] = _rope_scaling(rope)
+        if "partial_rotary_factor" in rope:
+            content["partial_rotary_factor"] = rope["partial_rotary_factor"]
+        if config.model_type == "gpt_neox":
+            content["rotary_pct"] = rope.get("partial_rotary_factor", 1.0)
+            content["rotary_emb_base"] = content["rope_theta"]
 
 
 def _rope_scaling(rope: JsonObject) -> JsonObject | None:

@@ -200,6 +200,26 @@ def test_the_config_reads_the_same_in_transformers_4_and_5(tmp_path):
     assert config["head_dim"] == 8
 
 
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("stablelm", {"partial_rotary_factor": 0.5}),
+        ("gpt_neox", {"rotary_pct": 0.5, "rotary_emb_base": 5e5}),
+    ],
+)
+def test_a_part_of_each_head_is_written_as_transformers_4_and_engines_read_it(
+    family, fields, tmp_path
+):
+    rope = {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.5}
+    model, masks = masked(family, rope_parameters=rope)
+    small = export(model, masks)
+    save_stock(small, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert fields.items() <= config.items()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config.rope_parameters == small.config.rope_parameters
+
+
 def test_the_exported_model_generates_the_same_with_and_without_cache(tmp_path):
     model, masks = masked("qwen2")
     again = reloaded(export(model, masks), tmp_path / "out")
