@@ -42,8 +42,6 @@ def settings(steps: int, seed: int) -> PruneConfig:
         batch_size=2,
         seq_len=256,
         seed=seed,
-        # Better than the default in so short a run, for the baselines too: docs/experiments.md.
-        learning_rate=2e-3,
         logging_steps=5,
         device="cpu",
     )
