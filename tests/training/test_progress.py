@@ -70,9 +70,9 @@ def test_compensation_counts_neither_in_tokens_per_second_nor_in_the_time_left(
     """Every step takes a second, compensation an hour."""
     slow, advance = loop.compensate, TraceCallback.on_step_end
 
-    def compensate(*arguments):
+    def compensate(*arguments, **kw):
         clock.now += 3600.0
-        return slow(*arguments)
+        return slow(*arguments, **kw)
 
     def on_step_end(self, *arguments, **kw):
         clock.now += 1.0
