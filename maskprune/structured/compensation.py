@@ -21,7 +21,7 @@ from maskprune.structured.distill import teacher_mode
 from maskprune.structured.masks import Masks
 from maskprune.structured.saliency import Grams, Observer, Place, batches
 from maskprune.training.activations import add_gram, damped_factors
-from maskprune.training.distributed import sum_shares, world_size
+from maskprune.training.distributed import least, sum_shares, world_size
 from maskprune.training.progress import Report
 from maskprune.training.sharding import set_whole, whole
 
@@ -164,11 +164,15 @@ def _groups(
 
 
 def _gram_bytes(device: torch.device) -> int:
-    """Bytes for all H held at once; on CUDA the solver needs about eight times one H besides."""
-    if device.type != "cuda":
-        return GRAM_BYTES
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min(GRAM_BYTES, (torch.cuda.mem_get_info(device)[0] + unused) // 8)
+    """Bytes for all H held at once; on CUDA the solver needs about eight times one H besides.
+
+    One number for all ranks: each must sum the same H in the same passes.
+    """
+    limit = GRAM_BYTES
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        limit = min(limit, (torch.cuda.mem_get_info(device)[0] + unused) // 8)
+    return least(limit, device)
 
 
 def _grams(

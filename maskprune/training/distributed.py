@@ -160,6 +160,15 @@ def mean(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def least(value: int, device: torch.device) -> int:
+    """The least value of all ranks; what decides which collectives follow must be one value."""
+    if world_size() == 1:
+        return value
+    of_all = torch.tensor(value, device=device)
+    dist.all_reduce(of_all, dist.ReduceOp.MIN)
+    return int(of_all)
+
+
 def require_same_weights(model: nn.Module) -> None:
     """Refuse processes that were given models of different weights.
 
