@@ -155,23 +155,24 @@ def _capped(z: torch.Tensor, scale: float, softcap: float | None) -> torch.Tenso
 
 
 def kl_rows(
-    log_p: torch.Tensor, log_q: torch.Tensor, reverse: bool
+    log_p: torch.Tensor, log_q: torch.Tensor, reverse: bool, spare: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """KL of each row and its gradient in the student's logits; overwrites its arguments.
 
     Args:
         log_p, log_q: (n, V) log-softmax of the student's and the teacher's logits.
         reverse: KL(p || q), not KL(q || p).
+        spare: (n, V) to compute in; None: a new one.
 
     Returns:
         (n,) and (n, V).
     """
     if reverse:
-        p = log_p.exp()
+        p = torch.exp(log_p, out=spare)
         gap = log_p.sub_(log_q)
         kl = torch.mul(p, gap, out=log_q).sum(-1)
         return kl, gap.sub_(kl[:, None]).mul_(p)
-    q = log_q.exp()
+    q = torch.exp(log_q, out=spare)
     kl = log_q.sub_(log_p).mul_(q).sum(-1)
     return kl, log_p.exp_().sub_(q)
 
@@ -189,24 +190,29 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss, and the gradient in `student` of its sum over tokens; empty where not wanted."""
     work = torch.float64 if student.dtype == torch.float64 else torch.float32
-    n = student.shape[0]
+    n, shape = student.shape[0], (min(chunk, student.shape[0]), weight.shape[0])
     gradient = torch.empty_like(student if with_gradient else student[:0])
     total = student.new_zeros((), dtype=work)
+    # Every chunk computes in the same memory: new pages cost more than what is written to them.
+    z, log_p, log_q = (student.new_empty(shape, dtype=work) for _ in range(3))
+    lower = z if weight.dtype == work else student.new_empty(shape, dtype=weight.dtype)
     with torch.autocast(student.device.type, enabled=False):
         for start in range(0, n, chunk):
             rows = slice(start, start + chunk)
-            z = _logits(student[rows], weight, bias, scale, softcap)
-            slope = 1 - (z / softcap).square_() if softcap and with_gradient else None
-            log_p = z.log_softmax(-1)
-            z = _logits(teacher[rows], weight, bias, scale, softcap)
-            log_q = z.log_softmax(-1)
-            del z
-            kl, d = kl_rows(log_p, log_q, reverse)
+            s, t = student[rows], teacher[rows]
+            parts = tuple(x[: len(s)] for x in (z, lower))
+            p, q = log_p[: len(s)], log_q[: len(s)]
+            logits = _logits(s, weight, bias, scale, softcap, *parts)
+            slope = 1 - (logits / softcap).square_() if softcap and with_gradient else None
+            torch.log_softmax(logits, -1, out=p)
+            torch.log_softmax(_logits(t, weight, bias, scale, softcap, *parts), -1, out=q)
+            kl, d = kl_rows(p, q, reverse, parts[0])
             total += kl.sum()
             if with_gradient:
                 d = d if slope is None else d.mul_(slope)
                 d = d if scale == 1 else d.mul_(scale)
-                torch.mm(d.to(weight.dtype), weight, out=gradient[rows])
+                d = d if lower is z else parts[1].copy_(d)
+                torch.mm(d, weight, out=gradient[rows])
     return total / n, gradient
 
 
@@ -216,9 +222,15 @@ def _logits(
     bias: torch.Tensor | None,
     scale: float,
     softcap: float | None,
+    out: torch.Tensor,
+    product: torch.Tensor,
 ) -> torch.Tensor:
-    z = functional.linear(h, weight, bias)
-    z = z if z.dtype == torch.float64 else z.float()
+    """Writes the logits to `out`, by way of `product`, which has the weight's dtype."""
+    if bias is None:
+        torch.mm(h, weight.T, out=product)
+    else:
+        torch.addmm(bias, h, weight.T, out=product)
+    z = out if product is out else out.copy_(product)
     z = z if scale == 1 else z.mul_(scale)
     return z.div_(softcap).tanh_().mul_(softcap) if softcap else z
 

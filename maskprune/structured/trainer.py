@@ -116,7 +116,8 @@ class PruneTrainer(BlockTrainer):
                 core, self.masks, ids, alpha=config.alpha, kl_direction=config.kl_direction
             )
 
-        loss = as_forward(model, core, forward, inputs["input_ids"])
+        with self.computing():
+            loss = as_forward(model, core, forward, inputs["input_ids"])
         self.last_loss = {
             "loss": loss.total.detach(),
             "kl": loss.kl.detach(),

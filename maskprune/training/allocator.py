@@ -10,7 +10,7 @@ _M_MMAP_THRESHOLD = -3
 # glibc maps each larger block by itself and returns it as soon as it is freed. By default it raises
 # that limit to 32 MiB after the first large tensors, and then keeps activations of a few MiB on a
 # fragmented heap.
-THRESHOLD = 2**20
+THRESHOLD = 2**25
 USERS_OWN = ("MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD")
 
 

@@ -156,7 +156,8 @@ class SparsifyTrainer(BlockTrainer):
             self.last_loss = {"loss": fit.detach(), "kept_norm": kept.detach()}
             return fit - self.reward * (1 - done) * reward
 
-        loss = as_forward(model, core, forward, inputs["input_ids"])
+        with self.computing():
+            loss = as_forward(model, core, forward, inputs["input_ids"])
         return (loss, {}) if return_outputs else loss
 
     def fit(self, model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
