@@ -1,4 +1,4 @@
-"""docs/engines.md from committed rows."""
+"""docs/engines.md, and README's table of engines, from committed rows."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from benchmarks.uniform.page import BLOCK, markdown
 from maskprune.hf.engines import ENGINES, TRIED
 
 Row = Mapping[str, Any]
+PAGES = [Path("docs/engines.md"), Path("README.md")]
 # Where the dense model is further off itself, no ratio is shown.
 NOISY = 0.05
 UNITS = {
@@ -28,10 +29,11 @@ def render(page: Path, rows: Sequence[Row]) -> str:
     """The page's text with every block between `<!-- begin: NAME -->` and `<!-- end -->` anew.
 
     Raises:
-        ValueError: a block whose name is none of machines, families, demo, speed, heterogeneous,
-            quality.
+        ValueError: a block whose name is none of summary, machines, families, demo, speed,
+            heterogeneous, quality.
     """
     blocks = {
+        "summary": summary(rows),
         "machines": machines(rows),
         "families": families(rows),
         "demo": demo(rows),
@@ -46,6 +48,34 @@ def render(page: Path, rows: Sequence[Row]) -> str:
         return f"{match[1]}{blocks[match[2]]}\n{match[3]}"
 
     return BLOCK.sub(fill, page.read_text())
+
+
+def small(row: Row) -> bool:
+    """Whether a row is of the small random models, of which every family has some."""
+    return bool(
+        row["what"] == "agreement" and row["model"] == f"{row['family']} {row['head_unit']}"
+    )
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """A line for each engine that ran: families, pruned models that load, tokens that agree."""
+    lines = []
+    for engine in ENGINES:
+        tried = [
+            row
+            for row in rows
+            if row["engine"] == engine and small(row) and row["head_unit"] != "dense"
+        ]
+        if not tried:
+            continue
+        ran = [row for row in tried if row["loads"]]
+        families = [len({row["family"] for row in some}) for some in (ran, tried)]
+        agree, of = (sum(row.get(key, 0) for row in ran) for key in ("same_tokens", "tokens"))
+        version = max(tried, key=lambda row: str(row["date"]))["packages"].split()[0]
+        counts = (f"{families[0]} of {families[1]}", f"{len(ran)} of {len(tried)}")
+        lines.append((engine, f"`{version}`", *counts, f"{agree:,} of {of:,}"))
+    head = ("engine", "package", "families", "pruned models that load")
+    return markdown((*head, "greedy tokens as in transformers"), lines)
 
 
 def machines(rows: Iterable[Row]) -> str:
@@ -66,7 +96,7 @@ def families(rows: Iterable[Row]) -> str:
     """Agreement of the small models: a line for each engine and family, a column a head unit."""
     found: dict[tuple[str, str], dict[str, Row]] = {}
     for row in rows:
-        if row["what"] == "agreement" and row["model"] == f"{row['family']} {row['head_unit']}":
+        if small(row):
             found.setdefault((row["engine"], row["family"]), {})[row["head_unit"]] = row
     lines = []
     for (engine, family), by_unit in found.items():
@@ -170,7 +200,7 @@ def quality(rows: Iterable[Row]) -> str:
 def main() -> int:
     """Rewrite the pages, or with --check say whether they are up to date."""
     parser = argparse.ArgumentParser(prog="benchmarks.engines.page", description=__doc__)
-    parser.add_argument("pages", nargs="*", type=Path, default=[Path("docs/engines.md")])
+    parser.add_argument("pages", nargs="*", type=Path, default=PAGES)
     parser.add_argument("--from", dest="rows", type=Path, required=True)
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if out of date")
     args = parser.parse_args()

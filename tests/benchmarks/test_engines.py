@@ -17,7 +17,7 @@ from benchmarks.engines.__main__ import agrees, contradiction
 from benchmarks.engines.environments import ENVIRONMENTS, MARKER, Environment, ready
 from benchmarks.engines.following import follow, go_along, log_softmax
 from benchmarks.engines.models import NEW_TOKENS, write_small
-from benchmarks.engines.page import render
+from benchmarks.engines.page import PAGES, render, summary
 from benchmarks.engines.runner import answers, stream
 from benchmarks.engines.scripted import Scripted
 from benchmarks.engines.vllm_cpu import short
@@ -28,9 +28,26 @@ ROOT = Path(__file__).parents[2]
 ROWS = ROOT / "benchmarks" / "results" / "engines.jsonl"
 
 
-def test_the_page_is_made_from_the_committed_rows():
-    page = ROOT / "docs" / "engines.md"
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_the_pages_are_made_from_the_committed_rows(page):
+    page = ROOT / page
     assert render(page, read_rows(ROWS)) == page.read_text(), "run `make docs`"
+
+
+def test_an_engine_is_summed_up_over_its_pruned_models():
+    common = {"engine": "mlx", "what": "agreement", "date": "2026-01-01", "packages": "mlx==1 x"}
+    ran = common | {"loads": True, "same_tokens": 127, "tokens": 128}
+    refused = common | {"loads": False}
+    rows = [
+        (ran, "llama", "kv_group"),
+        (ran, "llama", "query_head"),
+        (refused, "opt", "ffn"),
+        (ran, "opt", "dense"),
+    ]
+    table = summary(
+        [row | {"family": f, "head_unit": u, "model": f"{f} {u}"} for row, f, u in rows]
+    )
+    assert table.splitlines()[2:] == ["| mlx | `mlx==1` | 1 of 2 | 2 of 3 | 254 of 256 |"]
 
 
 def test_rows_say_what_the_table_promises():
