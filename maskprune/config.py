@@ -185,6 +185,11 @@ class PruneConfig(RunConfig, BudgetConfig):
         "Modules with adapters, comma-separated, or all-linear; q_proj,v_proj are the paper's.",
     )
     alpha: float = _setting(0.0, "Weight of the hidden-state loss; 0.04 is the ancestors'.")
+    lm_weight: float = _setting(
+        0.0,
+        "Share of the loss that is the cross entropy of the text's next tokens, up to 1; the rest"
+        " is distillation.",
+    )
     kl_direction: str = _setting(
         "teacher_student", "teacher_student, or student_teacher as the paper prints it."
     )
@@ -216,11 +221,14 @@ class PruneConfig(RunConfig, BudgetConfig):
             compensation_tokens=1,
             interval=1,
             alpha=0,
+            lm_weight=0,
             warmup=0,
         )
         _require_positive(self, "learning_rate", "mask_lr", "eta1", "max_grad_norm")
         if self.reach is not None:
             require_reach(self.reach)
+        if self.lm_weight > 1:
+            raise ValueError(f"lm_weight is {self.lm_weight}; expected a share from 0 to 1")
         if self.warmup > 1:
             raise ValueError(f"warmup is {self.warmup}; expected a share of the run up to 1")
 

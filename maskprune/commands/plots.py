@@ -169,6 +169,7 @@ LOSSES = (
         (
             Curve("loss", "loss", BLUE, median=True),
             Curve("kl", "KL to the unpruned model", ORANGE, median=True),
+            Curve("lm", "next-token loss", PURPLE, median=True),
             Curve("layer", "hidden-state MSE, sum over layers (no unit)", GREEN, median=True),
         ),
         log_from=1e-3,

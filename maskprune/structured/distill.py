@@ -1,6 +1,8 @@
 """The distillation loss: KL of the logits and MSE of every layer's hidden states.
 
-L = KL + alpha * sum over layers of MSE(h_s, h_t) (MaskPrune, arXiv 2502.14008, section 3.3). The
+L = KL + alpha * sum over layers of MSE(h_s, h_t) (MaskPrune, arXiv 2502.14008, section 3.3). Where
+it is asked for, a share w of the KL is replaced by the cross entropy of the text's next tokens, as
+in Hinton et al. (arXiv 1503.02531), section 2: KL becomes (1 - w) KL + w CE. The
 teacher is the same model with masks and adapters off, so it costs no second copy of the weights.
 """
 
@@ -20,16 +22,17 @@ from maskprune.hf.adapters import adapted_layers
 from maskprune.hf.families import layers_of, stock_model
 from maskprune.hf.head import head_of, last_hidden_states, tail_of
 from maskprune.structured.masks import Masks
-from maskprune.training.losses import hidden_kl
+from maskprune.training.losses import hidden_cross_entropy, hidden_kl
 
 
 @dataclass
 class DistillLoss:
-    """total = kl + alpha * layer; 0-dim tensors."""
+    """total = (1 - lm_weight) kl + lm_weight lm + alpha layer; 0-dim tensors, lm 0 if unused."""
 
     total: torch.Tensor
     kl: torch.Tensor
     layer: torch.Tensor
+    lm: torch.Tensor
 
 
 @contextlib.contextmanager
@@ -52,6 +55,7 @@ def distill(
     *,
     alpha: float = 0.04,
     kl_direction: str = "teacher_student",
+    lm_weight: float = 0.0,
 ) -> DistillLoss:
     """Loss of the masked model against its unmasked self on `input_ids` (B, T).
 
@@ -64,6 +68,7 @@ def distill(
         model: transformers causal LM with masks attached, or the PEFT model around it.
         alpha: weight of the hidden-state term; 0 leaves it out.
         kl_direction: see `token_kl`.
+        lm_weight: share w of the cross entropy of the next tokens, within every sequence.
 
     Raises:
         ValueError: the model inside a PEFT model, whose adapters the teacher can't do without.
@@ -81,7 +86,12 @@ def distill(
     kl = hidden_kl(
         head_of(base), student, teacher, kl_direction, lambda: teacher_mode(model, masks)
     )
-    return DistillLoss(kl + alpha * layer if alpha else kl, kl, layer)
+    total, lm = kl, torch.zeros_like(kl)
+    if lm_weight:
+        targets = input_ids[:, 1:].flatten()
+        lm = hidden_cross_entropy(head_of(base), student[:, :-1].flatten(0, 1), targets)
+        total = (1 - lm_weight) * kl + lm_weight * lm
+    return DistillLoss(total + alpha * layer if alpha else total, kl, layer, lm)
 
 
 def _checkpoints_activations(base: nn.Module) -> bool:

@@ -113,7 +113,12 @@ class PruneTrainer(BlockTrainer):
         def forward(ids: torch.Tensor) -> DistillLoss:
             config = self.config
             return distill(
-                core, self.masks, ids, alpha=config.alpha, kl_direction=config.kl_direction
+                core,
+                self.masks,
+                ids,
+                alpha=config.alpha,
+                kl_direction=config.kl_direction,
+                lm_weight=config.lm_weight,
             )
 
         with self.computing():
@@ -122,6 +127,7 @@ class PruneTrainer(BlockTrainer):
             "loss": loss.total.detach(),
             "kl": loss.kl.detach(),
             "layer": loss.layer.detach(),
+            "lm": loss.lm.detach(),
         }
         return (loss.total, {}) if return_outputs else loss.total
 

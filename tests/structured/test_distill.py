@@ -83,6 +83,27 @@ def test_the_loss_is_zero_and_flat_at_masks_of_one():
     assert loss.total.abs() < 1e-6 and masks.ffn.grad.abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("weight", [0.25, 1.0])
+def test_a_share_of_the_loss_is_the_cross_entropy_of_the_next_tokens(weight):
+    model = tiny_model("llama").requires_grad_(False)
+    masks = randomise(attach_masks(model, fused=False), 1, 8)
+    results = []
+    for whole in (False, True):
+        loss = distill(model, masks, tokens(), alpha=0.1, lm_weight=0.0 if whole else weight)
+        total = loss.total
+        if whole:
+            logits = model(tokens()).logits[:, :-1].flatten(0, 1)
+            expected = functional.cross_entropy(logits, tokens()[:, 1:].flatten())
+            total = (1 - weight) * loss.kl + weight * expected + 0.1 * loss.layer
+            assert loss.lm == 0
+        else:
+            expected = loss.lm
+        masks.zero_grad()
+        total.backward()
+        results.append((total.detach(), expected.detach(), masks.ffn.grad.clone()))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+
+
 def test_the_teacher_is_the_dense_model_to_the_bit_and_state_is_restored():
     from peft import LoraConfig, get_peft_model
 

@@ -79,7 +79,7 @@ def test_a_loss_that_needs_whole_logits_says_so_once(targets, capsys):
         dict(method="taylor"),
         dict(sparsity=None, head_sparsity=0.5, ffn_sparsity=0.25),
         dict(alpha=0.1, gradient_checkpointing=True),
-        dict(kl_direction="student_teacher", gradient_accumulation=2),
+        dict(kl_direction="student_teacher", gradient_accumulation=2, lm_weight=0.3),
     ],
     ids=lambda c: "-".join(map(str, c.values())),
 )
@@ -183,6 +183,7 @@ def test_the_trace_has_what_the_report_draws(tmp_path):
         (dict(sparsity=None), "no sparsity is given"),
         (dict(steps=5), "steps is 5; expected at least 20"),
         (dict(sparsity=0.98), "is not reachable.*the most is"),
+        (dict(lm_weight=1.5), "lm_weight is 1.5; expected a share from 0 to 1"),
         (dict(mode="magic"), "mode is 'magic'; expected one of minimax, scheduled"),
         (dict(steps=None, epochs=0.5), "are 5 steps of 2; the schedule needs at least 20"),
     ],

@@ -215,7 +215,7 @@ def command_with_nan(folder: Path, arguments: list[str]) -> None:
 
     def broken(*args: Any, **kw: Any) -> DistillLoss:
         loss = distill(*args, **kw)
-        return DistillLoss(loss.total * float("nan"), loss.kl * float("nan"), loss.layer)
+        return DistillLoss(loss.total * float("nan"), loss.kl * float("nan"), loss.layer, loss.lm)
 
     if os.environ["RANK"] == "1":
         patch.object(trainer, "distill", broken).start()
