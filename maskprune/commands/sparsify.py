@@ -28,7 +28,7 @@ from maskprune.hf.shape import require_positions, shape_of
 from maskprune.training.data import token_blocks
 from maskprune.training.distributed import on_first, rank, start
 from maskprune.training.layer_by_layer import free_bytes
-from maskprune.training.memory_plan import USABLE
+from maskprune.training.memory_plan import USABLE, stored_dtype
 from maskprune.training.progress import note
 from maskprune.training.sharding import shards
 from maskprune.two_four.patterns import (
@@ -161,10 +161,9 @@ def device_of_blocks(config: PreTrainedConfig, settings: SparsifyConfig) -> torc
     if settings.method == "maskllm":
         return None
     dtype = torch_dtype(settings.dtype)
-    stored = getattr(config, "dtype", None) or torch.float32
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    size = (dtype if isinstance(dtype, torch.dtype) else stored).itemsize
+    size = (dtype if isinstance(dtype, torch.dtype) else stored_dtype(config)).itemsize
     needed = 2 * size * sum(p.numel() for p in model.parameters())
     if settings.method == "sparsegpt":
         needed += 8 * 4 * max(oriented(m).shape[1] for m in prunable(model).values()) ** 2

@@ -211,6 +211,9 @@ def test_one_block_is_away_at_a_time_and_travels_once_a_pass(job, family, monkey
     for index, size in sizes.items():
         extra = index == 0
         assert watch.travelled.count(index) == size * (TRAVELS[job] + extra) * walks
+    # What is around the blocks: before the first one, and for the logits where there is a loss.
+    walked = walks + job.startswith("taylor")
+    assert watch.travelled.count("around") == owners.count(None) * walked
     assert watch.most <= watch.bytes_of("around", 0)
     alone = [what for what, away in watch.seen if away == {what}]
     assert all(alone.count(index) >= 3 for index in sizes), "batches did not run in their turn"
