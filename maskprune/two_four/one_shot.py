@@ -93,7 +93,9 @@ def one_shot_masks(
             inside = set(layer.modules())
             own = {name: module for name, module in linears.items() if module in inside}
             updated = [module.weight for module in own.values() if update]
-            with walk.turn(index, updated), _restored(own, keep=update):
+            # Of copies on a device nothing is left after the turn.
+            pruned = own if device is None else {}
+            with walk.turn(index, updated), _restored(pruned, keep=update):
                 read = partial(walk.run, index, replace=False)
                 groups = _statistics(own, read, blocks, method == "sparsegpt")
                 for names, total in groups:

@@ -487,7 +487,7 @@ def test_on_cuda_a_model_in_the_host_s_memory_gives_the_bits_of_one_that_is_ther
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("job", JOBS)
 def test_on_cuda_less_than_a_third_of_the_model_is_there_at_once(job):
-    sizes = dict(hidden_size=256, intermediate_size=1024, head_dim=64, num_hidden_layers=16)
+    sizes = dict(hidden_size=256, intermediate_size=512, head_dim=64, num_hidden_layers=48)
     model, masks = subject(job, "llama", **sizes)
     work(job, model, masks, torch.device("cuda"))  # cuBLAS takes its workspace.
     torch.cuda.empty_cache()
