@@ -16,6 +16,7 @@ import pytest
 import torch
 from models import KINDS, randomise, tiny_model, tokens
 from peft import LoraConfig, get_peft_model
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 
@@ -130,6 +131,71 @@ def test_what_follows_the_blocks_is_the_model_s_own(family):
     model, masks = adapted(family)
     expected = work("taylor", model, masks)
     require_equal(work("taylor", model, masks, CPU), expected)
+
+
+def swapping(base):
+    """`lent` by other parameters for the time: what torch does not let one tensor do on meta."""
+
+    @contextlib.contextmanager
+    def lent(tensors, device, keep=()):
+        wanted, before = {id(t) for t in tensors}, []
+        for module in base.modules():
+            for table in (module._parameters, module._buffers):
+                before += [(table, name, t) for name, t in table.items() if id(t) in wanted]
+        for table, name, t in before:
+            copy = t.detach().to(device)
+            is_parameter = isinstance(t, torch.nn.Parameter)
+            table[name] = torch.nn.Parameter(copy, False) if is_parameter else copy
+        try:
+            yield
+        finally:
+            for table, name, t in before:
+                table[name] = t
+
+    return lent
+
+
+def fake_device(model, monkeypatch):
+    """The meta device as a stand-in; fake tensors refuse, as a GPU does, what is elsewhere."""
+    monkeypatch.setattr(layer_by_layer, "lent", swapping(stock_model(model)))
+    # Both ask what the tokens are.
+    packed = "transformers.masking_utils.find_packed_sequence_indices"
+    monkeypatch.setattr(packed, lambda *_, **__: None, raising=False)
+    asks = "transformers.PreTrainedModel.warn_if_padding_and_no_attention_mask"
+    monkeypatch.setattr(asks, lambda *_, **__: None, raising=False)
+    # What the meta device has not.
+    generator = torch.Generator()
+    monkeypatch.setattr(torch, "Generator", lambda *_: generator)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@pytest.mark.parametrize("family", FAMILY)
+def test_all_that_a_block_reads_is_on_the_device(family, monkeypatch):
+    model, masks = adapted(family)
+    model.requires_grad_(False)
+    done = []
+    with fake_device(model, monkeypatch), masks.off(), torch.enable_grad():
+        walk = Walk(model, tokens(5, 20).split(2), torch.device("meta"))
+        first = list(walk.hidden)
+        with pytest.raises(RuntimeError, match="device"):
+            walk.run(0, replace=False)
+        inputs = walk.up()
+        gradients = walk.top(lambda logits, ids: logits.float().mean() + 0 * ids.sum())
+        walk.down(inputs, gradients, done.append)
+    assert done == [1, 0] and not inputs
+    assert {t.device.type for t in (*first, *walk.hidden, *gradients)} == {"meta"}
+
+
+@pytest.mark.parametrize("rank", [saliency.wanda_sp, saliency.taylor])
+def test_rankings_mix_no_devices_and_end_where_the_model_is(rank, monkeypatch):
+    model, masks = adapted()
+    grams, meta = {}, torch.device("meta")
+    with fake_device(model, monkeypatch) as fake:
+        blocks = fake.from_tensor(tokens(5, 20))
+        head, ffn = rank(model, masks, blocks, grams=grams, device=meta)
+    assert len(grams) == 4
+    assert {t.device for t in (head, ffn, *grams.values())} == {CPU}
 
 
 @pytest.mark.parametrize("job", ["sparsegpt, updating", "taylor", "compensate"])
