@@ -224,12 +224,13 @@ def weight_bytes(model: PreTrainedModel) -> int:
 
 
 def load_to_train(
-    name: str, dtype: str, device: str, sharded: bool = False
+    name: str, dtype: str, device: str, in_host: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model, tokenizer); `auto` is float32 on the CPU, as stored on a GPU.
 
     Args:
-        sharded: leave it in the host's memory, from which each process takes its part.
+        in_host: leave it in the host's memory, from which each process takes its part, or one
+            block at a time.
 
     Raises:
         ValueError: see `load_model`; or weights that are NaN or infinite.
@@ -237,6 +238,6 @@ def load_to_train(
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if dtype == "auto" and not on_gpu:
         dtype = "float32"
-    model, tokenizer = load_model(name, dtype=dtype, device="cpu" if sharded else device)
+    model, tokenizer = load_model(name, dtype=dtype, device="cpu" if in_host else device)
     require_finite_weights(model, name)
     return model, tokenizer

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedConfig
 
 from maskprune.choices import TWO_FOUR_ONE_SHOT
 from maskprune.commands.record import RunRecord, proof_tokens, save_proven
@@ -22,12 +23,22 @@ from maskprune.commands.run_folder import (
 )
 from maskprune.config import SparsifyConfig, SparsifyFiles
 from maskprune.files import OWN_FOLDER, new_folder, require_space
-from maskprune.hf.load import load_model, torch_device
+from maskprune.hf.load import load_model, torch_device, torch_dtype
 from maskprune.hf.shape import require_positions, shape_of
 from maskprune.training.data import token_blocks
 from maskprune.training.distributed import on_first, rank, start
+from maskprune.training.layer_by_layer import free_bytes
+from maskprune.training.memory_plan import USABLE, stored_dtype
+from maskprune.training.progress import note
 from maskprune.training.sharding import shards
-from maskprune.two_four.patterns import MASKS_FILE, apply_masks, load_masks, save_masks
+from maskprune.two_four.patterns import (
+    MASKS_FILE,
+    apply_masks,
+    load_masks,
+    oriented,
+    prunable,
+    save_masks,
+)
 
 
 def run_sparsify(files: SparsifyFiles, settings: SparsifyConfig) -> RunRecord | None:
@@ -72,7 +83,9 @@ def _run(files: SparsifyFiles, settings: SparsifyConfig, out: Path) -> RunRecord
         from maskprune.commands.sharded import prove, require_two_four_streamable, write_two_four
 
         on_first(lambda: require_two_four_streamable(name))
-    model, tokenizer = load_to_train(name, settings.dtype, settings.device, sharded)
+    device = device_of_blocks(config, settings)
+    in_host = sharded or device is not None
+    model, tokenizer = load_to_train(name, settings.dtype, settings.device, in_host)
     require_space(out, weight_bytes(model), "the weights to write")
     model_class, parameters = type(model).__name__, sum(p.numel() for p in model.parameters())
     data = blocks = None
@@ -90,7 +103,15 @@ def _run(files: SparsifyFiles, settings: SparsifyConfig, out: Path) -> RunRecord
     from maskprune.two_four.sparsify import sparsify
 
     with open_run_folder(run, inputs, blocks), contextlib.ExitStack() as stack:
-        result = sparsify(model, tokenizer, blocks, settings, run_dir=run, resume=files.resume)
+        result = sparsify(
+            model,
+            tokenizer,
+            blocks,
+            settings,
+            run_dir=run,
+            resume=files.resume,
+            device=device,
+        )
         if rank() > 0 and not sharded:
             return None
         ids = proof_tokens(result.model, blocks)
@@ -125,6 +146,36 @@ def _run(files: SparsifyFiles, settings: SparsifyConfig, out: Path) -> RunRecord
         if result.trace:
             shutil.copyfile(run / "trace.jsonl", folder / OWN_FOLDER / "trace.jsonl")
     return record
+
+
+def device_of_blocks(config: PreTrainedConfig, settings: SparsifyConfig) -> torch.device | None:
+    """The GPU to which a model that is too large for it goes block by block; None where it fits.
+
+    For a one-shot method; what is trained must be whole on its device. Counted are the weights,
+    again as the proof reads them back beside the first ones, and with SparseGPT eight times the
+    largest sum over x x^T, for its factors; a tenth is left for the rest.
+    """
+    from transformers import AutoModelForCausalLM
+
+    device = torch_device(settings.device)
+    if settings.method == "maskllm":
+        return None
+    dtype = torch_dtype(settings.dtype)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    size = (dtype if isinstance(dtype, torch.dtype) else stored_dtype(config)).itemsize
+    needed = 2 * size * sum(p.numel() for p in model.parameters())
+    if settings.method == "sparsegpt":
+        needed += 8 * 4 * max(oriented(m).shape[1] for m in prunable(model).values()) ** 2
+    free = free_bytes(device)
+    if needed <= USABLE * free:
+        return None
+    note(
+        f"{needed / 1e9:.1f} GB for the whole model do not fit {device}, where {free / 1e9:.1f} GB "
+        "are free: it stays in the host's memory, and its blocks go there one by one",
+        rank() > 0,
+    )
+    return device
 
 
 def _apply(files: SparsifyFiles, out: Path, masks_from: str, settings: SparsifyConfig) -> RunRecord:

@@ -19,9 +19,10 @@ from maskprune.hf.families import FAMILIES, attention_output, ffn_output, layers
 from maskprune.structured.cuts import query_head_mask
 from maskprune.structured.distill import teacher_mode
 from maskprune.structured.masks import Masks
-from maskprune.structured.saliency import Grams, Observer, Place, batches
+from maskprune.structured.saliency import Grams, Place, batches, observe
 from maskprune.training.activations import add_gram, damped_factors
 from maskprune.training.distributed import least, sum_shares, world_size
+from maskprune.training.layer_by_layer import free_bytes
 from maskprune.training.progress import Report
 from maskprune.training.sharding import set_whole, whole
 
@@ -87,6 +88,7 @@ def compensate(
     progress: Report | None = None,
     *,
     summed: Grams | None = None,
+    device: torch.device | None = None,
 ) -> list[nn.Parameter]:
     """Reset the adapters of W_O and W_down to compensate for the units that `kept` prunes.
 
@@ -97,8 +99,13 @@ def compensate(
         kept: the masks of heads and FFN units, 0 for pruned units, in the shapes of
             `masks.head` and `masks.ffn`.
         blocks: (n, T) token ids on the model's device; n may be 0 with `summed`.
-        progress: called with (batches done, batches in all).
+        progress: called with (batches done, batches in all); with a device with blocks of the
+            model.
         summed: H over text that `one_shot` has read, to which that of `blocks` is added; used up.
+        device: compute there, a block of the model at a time, the model staying where it is (see
+            `training.layer_by_layer.Walk`): its H are summed and its adapters set in its one turn,
+            so that no more than one block's are held. Same results, to the bit, as with the whole
+            model on the device.
 
     Returns:
         The parameters that were set; their optimizer state no longer applies.
@@ -123,19 +130,15 @@ def compensate(
     ]
     changed: list[nn.Parameter] = []
     groups = _groups(todo, channels, _gram_bytes(blocks.device))
-    if summed and todo:
+    if todo and (summed or device is not None):
         groups = [todo]
     for number, places in enumerate(groups):
-        grams: Grams = {}
-        if len(blocks):
-            parts = batches(blocks, progress, number, len(groups))
-            grams = _grams(model, masks, places, parts)
-            sum_shares(blocks, *(grams[place] for place in places))
-        if summed:
-            grams = {p: summed[p].add_(grams[p]) if p in grams else summed[p] for p in places}
-            summed.clear()
-        for place in places:
-            changed += _start(modules[place], grams.pop(place), channels[place], family.transposed)
+        said = progress if device is None else None
+        parts = batches(blocks, said, number, len(groups)) if len(blocks) else []
+        targets = {place: (modules[place], channels[place]) for place in places}
+        changed += _fit(model, masks, targets, blocks, parts, summed, device, progress)
+    if summed:
+        summed.clear()
     return changed
 
 
@@ -168,30 +171,55 @@ def _gram_bytes(device: torch.device) -> int:
 
     One number for all ranks: each must sum the same H in the same passes.
     """
-    limit = GRAM_BYTES
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        limit = min(limit, (torch.cuda.mem_get_info(device)[0] + unused) // 8)
-    return least(limit, device)
+    return least(min(GRAM_BYTES, free_bytes(device) // 8), device)
 
 
-def _grams(
-    model: nn.Module, masks: Masks, places: list[Place], parts: Iterable[torch.Tensor]
-) -> Grams:
-    """H of each place, float32, from the dense model's activations on `parts` (B, T)."""
+def _fit(
+    model: nn.Module,
+    masks: Masks,
+    targets: dict[Place, tuple[Any, torch.Tensor]],
+    blocks: torch.Tensor,
+    parts: Iterable[torch.Tensor],
+    summed: Grams | None,
+    device: torch.device | None,
+    progress: Report | None,
+) -> list[nn.Parameter]:
+    """Sum H of each target, float32, from the dense model on `parts` (B, T), and compensate."""
+    family = FAMILIES[masks.family]
     grams: Grams = {}
+    changed: list[nn.Parameter] = []
 
-    def see(
-        kind: str, layer: int, module: nn.Module, x: torch.Tensor, g: torch.Tensor | None
-    ) -> None:
-        if (kind, layer) in wanted:
+    def see(kind: str, layer: int, module: nn.Module, x: torch.Tensor, g: object) -> None:
+        if (kind, layer) in targets:
             grams[kind, layer] = add_gram(grams.get((kind, layer)), x)
 
-    wanted = set(places)
-    with teacher_mode(model, masks), Observer(model, FAMILIES[masks.family], see):
-        for ids in parts:
-            model(input_ids=ids, use_cache=False, logits_to_keep=1)
-    return grams
+    def of(layer: int) -> list[Place]:
+        return [place for place in targets if place[1] == layer]
+
+    def done(layer: int) -> None:
+        for place in of(layer):
+            module, m = targets[place]
+            H = grams.pop(place, None)
+            if H is not None:
+                sum_shares(blocks, H)
+            if summed:
+                earlier = summed.pop(place).to(module.base_layer.weight.device)
+                H = earlier if H is None else earlier.add_(H)
+            assert H is not None
+            changed.extend(_start(module, H, m.to(H.device), family.transposed))
+
+    def adapters(layer: int) -> list[nn.Parameter]:
+        return [p for place in of(layer) for pair in _adapters(targets[place][0]) for p in pair[1:]]
+
+    with teacher_mode(model, masks):
+        observe(model, family, see, parts, done, device=device, progress=progress, keep=adapters)
+    return changed
+
+
+def _adapters(module: Any) -> list[tuple[str, nn.Parameter, nn.Parameter]]:
+    """Name, A and B of each active adapter of a PEFT LoRA layer."""
+    names = [name for name in module.active_adapters if name in module.lora_A]
+    return [(name, module.lora_A[name].weight, module.lora_B[name].weight) for name in names]
 
 
 def _start(
@@ -199,9 +227,7 @@ def _start(
 ) -> Iterator[nn.Parameter]:
     """Put the compensation into the first active adapter of a PEFT LoRA layer, 0 into others."""
     weight = whole(module.base_layer.weight)
-    names = [name for name in module.active_adapters if name in module.lora_A]
-    for number, name in enumerate(names):
-        parameters = module.lora_A[name].weight, module.lora_B[name].weight
+    for number, (name, *parameters) in enumerate(_adapters(module)):
         a, b = (whole(p.detach()).clone() for p in parameters)
         # Ranks that are not needed start as in a new adapter: A random, B zero.
         b.zero_()

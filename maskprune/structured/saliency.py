@@ -6,7 +6,7 @@ rho saliency per weight freed, a a kind's share of the weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from maskprune.structured.budget import Budget, Split
 from maskprune.structured.masks import Masks
 from maskprune.training.activations import add_gram, add_squares
 from maskprune.training.distributed import own_batches, sum_shares
+from maskprune.training.layer_by_layer import Walk
 from maskprune.training.progress import Report
 from maskprune.training.sharding import is_sharded, whole
 
@@ -79,10 +80,52 @@ class Observer:
             handle.remove()
 
 
+def observe(
+    model: nn.Module,
+    family: Family,
+    see: Callable[..., None],
+    parts: Iterable[torch.Tensor],
+    done: Callable[[int], None],
+    *,
+    device: torch.device | None = None,
+    progress: Report | None = None,
+    keep: Callable[[int], Iterable[torch.Tensor]] = lambda _: (),
+) -> None:
+    """Run a model on `parts` (B, T), showing `see` what an `Observer` does; without gradients.
+
+    Args:
+        done: called with each layer's number when all of its inputs have been seen; with a
+            device in the block's turn, while it is there.
+        device: compute there, a block at a time: see `Walk`, and there for the progress.
+        keep: parameters of a layer that `done` changes.
+    """
+    if device is None:
+        with Observer(model, family, see):
+            for ids in parts:
+                model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        for layer in range(len(layers_of(model))):
+            done(layer)
+        return
+    walk = Walk(model, parts, device, progress=progress)
+    with Observer(model, family, see):
+        for layer in range(len(walk.layers)):
+            with walk.turn(layer, keep(layer)):
+                walk.run(layer, replace=True)
+                done(layer)
+
+
 def _add_gram(grams: Grams | None, place: Place, module: nn.Module, x: torch.Tensor) -> None:
     """Add x x^T of a module that has an adapter, and so may be compensated."""
     if grams is not None and hasattr(module, "lora_A"):
         grams[place] = add_gram(grams.get(place), x)
+
+
+def _settle(grams: Grams | None, layer: int, blocks: torch.Tensor, home: torch.device) -> None:
+    """A layer's sums over all ranks, where they wait for the compensation."""
+    for place in sorted(grams or ()):
+        if grams is not None and place[1] == layer:
+            sum_shares(blocks, grams[place])
+            grams[place] = grams[place].to(home)
 
 
 # A step's logits are the largest thing in memory: vocabulary x tokens x 4 bytes, several times.
@@ -112,6 +155,7 @@ def taylor(
     per_sequence: bool = False,
     seed: int = 0,
     grams: Grams | None = None,
+    device: torch.device | None = None,
 ) -> Saliency:
     """Second-order saliency of removing a unit, from the diagonal Fisher information of its mask.
 
@@ -125,19 +169,24 @@ def taylor(
 
     Args:
         blocks: (n, T) token ids on the model's device.
-        progress: called with (batches done, batches in all).
+        progress: called with (batches done, batches in all); with a device with turns of blocks.
         seed: of the labels drawn with `per_sequence`.
         grams: gets the sums that `compensate` takes, from the same pass.
+        device: compute there, a block of the model at a time, the model staying where it is (see
+            `training.layer_by_layer.Walk`): each block's weights travel twice, once to run up to
+            the logits and once to run again from its input, kept, and back. All blocks' inputs
+            are held at once. Same results, to the bit, as with the whole model on the device.
 
     Returns:
         head (L, H) per query head (with `per_sequence` and `kv_group` units each head has an
         equal part of its group's), ffn (L, F), float32; comparable with each other.
     """
     base = stock_model(model)
-    shape = masks.shape
-    device = blocks.device
-    head = torch.zeros(shape.layers, shape.heads, device=device)
-    ffn = torch.zeros(shape.layers, shape.ffn, device=device)
+    family, shape = FAMILIES[masks.family], masks.shape
+    home = blocks.device
+    computing = home if device is None else device
+    head = torch.zeros(shape.layers, shape.heads, device=computing)
+    ffn = torch.zeros(shape.layers, shape.ffn, device=computing)
 
     def see(kind: str, layer: int, module: nn.Module, x: torch.Tensor, g: torch.Tensor) -> None:
         _add_gram(grams, (kind, layer), module, x)
@@ -152,7 +201,20 @@ def taylor(
             salience = (of_group / group**0.5).repeat_interleave(group, dim=-1)
         (head if kind == "head" else ffn)[layer] += salience.pow(2).flatten(0, -2).sum(0)
 
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(computing).manual_seed(seed)
+
+    def loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        if per_sequence:
+            labels = torch.multinomial(
+                logits.detach().flatten(0, 1).float().softmax(-1), 1, generator=generator
+            )[:, 0]
+        else:
+            logits, labels = logits[:, :-1], ids[:, 1:].flatten()
+        return functional.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="sum")
+
+    def done(layer: int) -> None:
+        _settle(grams, layer, blocks, home)
+
     training = model.training
     trained = [p for p in model.parameters() if p.requires_grad]
     # FSDP2 does not support a later change of requires_grad.
@@ -161,32 +223,30 @@ def taylor(
         p.requires_grad_(False)
     model.eval()
     try:
-        with torch.enable_grad(), masks.off(), Observer(model, FAMILIES[masks.family], see):
-            for ids in batches(blocks, progress):
-                embedded = base.get_input_embeddings()(ids).detach().requires_grad_()
-                logits = model(inputs_embeds=embedded, use_cache=False).logits
-                if per_sequence:
-                    labels = torch.multinomial(
-                        logits.detach().flatten(0, 1).float().softmax(-1), 1, generator=generator
-                    )[:, 0]
-                else:
-                    logits, labels = logits[:, :-1], ids[:, 1:].flatten()
-                loss = functional.cross_entropy(
-                    logits.flatten(0, 1).float(), labels, reduction="sum"
-                )
-                loss.backward()
+        with torch.enable_grad(), masks.off():
+            if device is not None:
+                depths, parts = shape.layers + 2, batches(blocks)
+                walk = Walk(model, parts, device, depths=depths, progress=progress, passes=2)
+                inputs = walk.up()
+                gradients = walk.top(loss)
+                with Observer(model, family, see):
+                    walk.down(inputs, gradients, done)
+            else:
+                with Observer(model, family, see):
+                    for ids in batches(blocks, progress):
+                        embedded = base.get_input_embeddings()(ids).detach().requires_grad_()
+                        logits = model(inputs_embeds=embedded, use_cache=False).logits
+                        loss(logits, ids).backward()
+                for layer in range(shape.layers):
+                    done(layer)
     finally:
         model.train(training)
         for p in frozen:
             p.requires_grad_(True)
         for p in trained:
             p.grad = None
-    sum_shares(blocks, head, ffn, *_in_order(grams))
-    return head, ffn
-
-
-def _in_order(grams: Grams | None) -> list[torch.Tensor]:
-    return [grams[place] for place in sorted(grams)] if grams else []
+    sum_shares(blocks, head, ffn)
+    return head.to(home), ffn.to(home)
 
 
 @torch.no_grad()
@@ -197,11 +257,13 @@ def wanda_sp(
     progress: Report | None = None,
     *,
     grams: Grams | None = None,
+    device: torch.device | None = None,
 ) -> Saliency:
     """Wanda-sp's saliency: mean over rows of |W_ij| ||x_j||_2, summed over a head's columns.
 
     Scores W_O's columns for heads and W_down's for FFN units (FLAP's baseline of that name), from
-    the unpruned model's activations throughout. `grams` as in `taylor`.
+    the unpruned model's activations throughout. `grams` and `device` as in `taylor`, but that each
+    block's weights travel once and its inputs replace those of the block before.
 
     Returns:
         head (L, H) per query head (0 where heads stay), ffn (L, F), float32;
@@ -216,26 +278,31 @@ def wanda_sp(
         _add_gram(grams, (kind, layer), module, x)
         squares[kind, layer] = add_squares(squares.get((kind, layer)), x)
 
+    head = torch.zeros(shape.layers, shape.heads, device=blocks.device)
+    ffn = torch.zeros(shape.layers, shape.ffn, device=blocks.device)
+
+    def done(layer: int) -> None:
+        for kind, module in _outputs(layers[layer], family).items():
+            total = squares.pop((kind, layer))
+            sum_shares(blocks, total)
+            weight = getattr(module, "base_layer", module).get_parameter("weight")
+            columns = whole(weight).float().abs().mean(1 if family.transposed else 0)
+            score = columns * total.sqrt()
+            if kind == "head":
+                head[layer] = score.view(shape.heads, shape.head_dim).sum(1)
+            else:
+                ffn[layer] = score
+        _settle(grams, layer, blocks, blocks.device)
+
+    layers = layers_of(model)
     training = model.training
     model.eval()
     try:
-        with masks.off(), Observer(model, family, see):
-            for ids in batches(blocks, progress):
-                model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        with masks.off():
+            parts = batches(blocks, progress if device is None else None)
+            observe(model, family, see, parts, done, device=device, progress=progress)
     finally:
         model.train(training)
-    sum_shares(blocks, *squares.values(), *_in_order(grams))
-    head = torch.zeros(shape.layers, shape.heads, device=blocks.device)
-    ffn = torch.zeros(shape.layers, shape.ffn, device=blocks.device)
-    for index, layer in enumerate(layers_of(model)):
-        for kind, module in _outputs(layer, family).items():
-            weight = getattr(module, "base_layer", module).get_parameter("weight")
-            columns = whole(weight).float().abs().mean(1 if family.transposed else 0)
-            score = columns * squares[kind, index].sqrt()
-            if kind == "head":
-                head[index] = score.view(shape.heads, shape.head_dim).sum(1)
-            else:
-                ffn[index] = score
     return head, ffn
 
 
@@ -325,12 +392,14 @@ def one_shot(
     progress: Report | None = None,
     *,
     grams: Grams | None = None,
+    device: torch.device | None = None,
 ) -> Split:
     """Set the least salient units of every row to 0 and all others to 1; returns the split.
 
     `taylor` takes its `cheapest` split; `wanda-sp` and `random` (torch's own generator, no text)
     take the split nearest to equal fractions of both kinds. `grams`, where given, gets what
-    `compensate` takes as `summed`, from the same pass; it stays empty with `random`.
+    `compensate` takes as `summed`, from the same pass; it stays empty with `random`. `device` as
+    the ranking takes it.
     """
     if kind == "random":
         shape = masks.shape
@@ -338,7 +407,7 @@ def one_shot(
         saliency = saliency[0].to(masks.ffn.device), saliency[1].to(masks.ffn.device)
     else:
         rank = taylor if kind == "taylor" else wanda_sp
-        saliency = rank(model, masks, blocks, progress, grams=grams)
+        saliency = rank(model, masks, blocks, progress, grams=grams, device=device)
     split = cheapest(masks, budget, saliency) if kind == "taylor" else nearest_equal(budget)
     ranked = [(masks.ffn, saliency[1], split.ffn)]
     if masks.head.numel():
@@ -356,15 +425,19 @@ def warm_start(
     budget: Budget,
     blocks: torch.Tensor,
     progress: Report | None = None,
+    *,
+    device: torch.device | None = None,
 ) -> None:
     """Set the masks to start from: `none` leaves them at 1, else `wanda-sp` or `taylor`.
+
+    `device` as the ranking takes it.
 
     Raises:
         ValueError: an unknown kind.
     """
     require_choice("warm_start", kind, WARM_STARTS)
     if kind == "taylor":
-        start_masks(masks, budget, taylor(model, masks, blocks, progress))
+        start_masks(masks, budget, taylor(model, masks, blocks, progress, device=device))
     elif kind == "wanda-sp":
-        saliency = wanda_sp(model, masks, blocks, progress)
+        saliency = wanda_sp(model, masks, blocks, progress, device=device)
         start_masks(masks, budget, saliency, across_kinds=False)

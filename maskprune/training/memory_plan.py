@@ -43,6 +43,13 @@ def load_of(settings: PruneConfig | SparsifyConfig | PlanConfig) -> Load:
     return Load(**({"two_four": isinstance(settings, SparsifyConfig)} | known))
 
 
+def stored_dtype(config: PreTrainedConfig) -> torch.dtype:
+    """The dtype of the weights that a transformers config describes."""
+    dtype = getattr(config, "dtype", None) or torch.float32
+    found: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return found
+
+
 def memory_parts(config: PreTrainedConfig, load: Load, gpus: int) -> dict[str, int]:
     """Bytes on each of `gpus` devices, by part; what every step holds at its fullest.
 
@@ -64,8 +71,7 @@ def memory_parts(config: PreTrainedConfig, load: Load, gpus: int) -> dict[str, i
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(config)
     family, shape, text = family_of(config), shape_of(config), text_config(config)
-    dtype = getattr(config, "dtype", None) or torch.float32
-    size = (getattr(torch, dtype) if isinstance(dtype, str) else dtype).itemsize
+    size = stored_dtype(config).itemsize
     T, c, d, F, L = (
         micro // gpus * load.seq_len,
         load.computed,

@@ -8,16 +8,18 @@ n sequences.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from maskprune.choices import TWO_FOUR_ONE_SHOT, require_choice
-from maskprune.hf.families import layers_of, stock_model
+from maskprune.hf.families import layers_of
 from maskprune.training.activations import add_gram, add_squares
 from maskprune.training.distributed import own_share, sum_shares
+from maskprune.training.layer_by_layer import Walk
 from maskprune.two_four.matrices import (
     full_float32,
     inverse_factor,
@@ -29,7 +31,6 @@ from maskprune.two_four.patterns import Linear, hard_mask, oriented, prunable
 # The memory of a block's activations and attention scores grows with it.
 TOKENS_AT_ONCE = 2048
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 # Linears that read the same tensor, and the sum over tokens of x^2 (I,) or x x^T (I, I).
 Group = tuple[list[str], torch.Tensor]
 
@@ -42,6 +43,7 @@ def one_shot_masks(
     *,
     update: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    device: torch.device | None = None,
 ) -> dict[str, torch.Tensor]:
     """A 2:4 mask for every prunable linear: magnitude |W|, Wanda |W_ij| ||X_j||, or SparseGPT.
 
@@ -51,12 +53,19 @@ def one_shot_masks(
     all ranks pass the same blocks, and each reads its share of them. In memory are the hidden
     states of all tokens and the statistics of one block.
 
+    With `device` the model stays where it is, in the host's memory or mapped from its files, and
+    each block computes on the device, on a copy of its weights made for its turn; before and
+    between the turns as `training.layer_by_layer.Walk` says. Results are, to the bit, those of a
+    model that is whole on the device.
+
     Args:
         model: transformers causal LM of a known family, or a PEFT model around one.
         method: sparsegpt, wanda or magnitude.
         blocks: (n, T) int64 token ids on the CPU or the model's device; magnitude needs none.
         update: SparseGPT only: also write the updated weights W_hat.
         progress: called after each block with (blocks done, blocks in all); not by magnitude.
+        device: where to compute, a block at a time; None: where the model is. Magnitude, which
+            reads each weight once, always computes where the model is.
 
     Returns:
         (O, I) bool by the names of `prunable(model)`, on the model's device, exactly 2 of every 4
@@ -77,22 +86,25 @@ def one_shot_masks(
                 masks[name] = hard_mask(oriented(module).abs())
         return masks
     layers = layers_of(model)
-    with _undisturbed(model):
-        hidden, calls = _first_inputs(model, layers, own_share(blocks))
+    with _undisturbed(model, device):
+        at_once = max(1, TOKENS_AT_ONCE // blocks.shape[1])
+        walk = Walk(model, own_share(blocks).split(at_once), device, progress=progress)
         for index, layer in enumerate(layers):
             inside = set(layer.modules())
             own = {name: module for name, module in linears.items() if module in inside}
-            run = _runner(layer, hidden, [calls[len(x)][index] for x in hidden])
-            groups = _statistics(own, run, blocks, method == "sparsegpt")
-            with _restored(own, keep=update):
+            updated = [module.weight for module in own.values() if update]
+            # Of copies on a device nothing is left after the turn.
+            pruned = own if device is None else {}
+            with walk.turn(index, updated), _restored(pruned, keep=update):
+                read = partial(walk.run, index, replace=False)
+                groups = _statistics(own, read, blocks, method == "sparsegpt")
                 for names, total in groups:
-                    masks |= _prune(method, {n: own[n] for n in names}, total, len(blocks), update)
+                    found = _prune(method, {n: own[n] for n in names}, total, len(blocks), update)
+                    masks |= {name: mask.to(walk.home) for name, mask in found.items()}
+                del groups
                 # Nothing reads the last block's output.
                 if layer is not layers[-1]:
-                    run(True)
-            del groups
-            if progress:
-                progress(index + 1, len(layers))
+                    walk.run(index, replace=True)
     return {name: masks[name] for name in linears}
 
 
@@ -130,7 +142,7 @@ def _prune(
 
 
 def _statistics(
-    linears: dict[str, Linear], run: Callable[[bool], None], blocks: torch.Tensor, gram: bool
+    linears: dict[str, Linear], run: Callable[[], None], blocks: torch.Tensor, gram: bool
 ) -> list[Group]:
     """The groups of linears, each with its sum over the tokens of all ranks."""
     owner: dict[str, str] = {}
@@ -150,7 +162,7 @@ def _statistics(
 
     handles = [m.register_forward_pre_hook(watch(name)) for name, m in linears.items()]
     try:
-        run(False)
+        run()
     finally:
         for handle in handles:
             handle.remove()
@@ -170,71 +182,15 @@ def _statistics(
     return [(names, sums[name]) for name, names in groups.items()]
 
 
-class _Enough(Exception):
-    """Ends a forward once the last block that is needed has been reached."""
-
-
-def _first_inputs(
-    model: Any, layers: Sequence[nn.Module], blocks: torch.Tensor
-) -> tuple[list[torch.Tensor], dict[int, list[Call]]]:
-    """Each micro-batch's input of block 0, and each block's other arguments, by batch size."""
-    hidden: list[torch.Tensor] = []
-    calls: dict[int, list[Call]] = {}
-    seen: list[Call] = []
-    wanted = 0
-
-    def watch(index: int) -> Callable[..., None]:
-        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if index == 0:
-                hidden.append(args[0])
-            seen.append((args[1:], kwargs))
-            if len(seen) == wanted:
-                raise _Enough
-
-        return see
-
-    base = stock_model(model)
-    handles = [
-        layer.register_forward_pre_hook(watch(index), with_kwargs=True)
-        for index, layer in enumerate(layers)
-    ]
-    try:
-        for ids in blocks.split(max(1, TOKENS_AT_ONCE // blocks.shape[1])):
-            seen = []
-            # The other arguments depend on the batch's shape alone: one full pass a shape.
-            wanted = 1 if len(ids) in calls else len(layers)
-            with contextlib.suppress(_Enough):
-                base(input_ids=ids.to(next(base.parameters()).device), use_cache=False)
-            calls.setdefault(len(ids), seen)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return hidden, calls
-
-
-def _runner(
-    layer: nn.Module, hidden: list[torch.Tensor], calls: list[Call]
-) -> Callable[[bool], None]:
-    """Runs one block on all micro-batches; with True its outputs replace its inputs."""
-
-    def run(replace: bool) -> None:
-        for i, (args, kwargs) in enumerate(calls):
-            out = layer(hidden[i], *args, **kwargs)
-            if replace:
-                hidden[i] = out[0] if isinstance(out, tuple) else out
-
-    return run
-
-
 @contextlib.contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def _undisturbed(model: nn.Module, device: torch.device | None) -> Iterator[None]:
     """No dropout, no autocast and no TF32; every module's mode is as before afterwards."""
     training = [module for module in model.modules() if module.training]
-    device = next(model.parameters()).device.type
+    device = device or next(model.parameters()).device
     try:
         model.eval()
         # Autocast would keep using copies that it cast before the weights were pruned.
-        with torch.autocast(device, enabled=False), full_float32():
+        with torch.autocast(device.type, enabled=False), full_float32():
             yield
     finally:
         for module in training:

@@ -223,6 +223,7 @@ def sparsify(
     run_dir: str | Path | None = None,
     resume: bool = False,
     quiet: bool = False,
+    device: torch.device | None = None,
 ) -> SparsifyResult:
     """Make every linear in a model's blocks 2:4 sparse: learn the masks, or choose them at once.
 
@@ -238,6 +239,8 @@ def sparsify(
         run_dir: where checkpoints and the trace go; a temporary folder where None.
         resume: continue from the newest whole checkpoint in `run_dir`.
         quiet: show no progress.
+        device: of a one-shot method: where it computes, a block at a time, while the model stays
+            where it is; see `one_shot_masks`.
 
     Raises:
         ValueError: settings, masks or data that cannot work, before any training.
@@ -259,7 +262,8 @@ def sparsify(
     try:
         if config.method == "maskllm":
             return _learn(core, blocks, sample, config, run_dir, resume, quiet)
-        masks = choose_masks(core, config.method, sample, update=config.update_weights, quiet=quiet)
+        update = config.update_weights
+        masks = choose_masks(core, config.method, sample, update=update, quiet=quiet, device=device)
         apply_masks(core, masks)
         return SparsifyResult(core, masks, None, [], 0)
     finally:
@@ -295,7 +299,7 @@ def _learn(
             require_checkpoint_space(run, trained)
         masks = attach_two_four(
             model,
-            None if checkpoint else find_prior(model, sample, config, quiet),
+            None if checkpoint else find_prior(model, sample, config, quiet, device),
             strength=config.prior_strength,
             std=config.logit_std,
             seed=config.seed,
@@ -353,13 +357,22 @@ def require_even(model: PreTrainedModel) -> None:
 
 
 def find_prior(
-    model: PreTrainedModel, blocks: torch.Tensor, config: SparsifyConfig, quiet: bool = True
+    model: PreTrainedModel,
+    blocks: torch.Tensor,
+    config: SparsifyConfig,
+    quiet: bool = True,
+    device: torch.device | None = None,
 ) -> dict[str, torch.Tensor] | None:
-    """The prior masks that the settings name, chosen on `blocks` or read; None for `none`."""
+    """The prior masks that the settings name, chosen on `blocks` or read; None for `none`.
+
+    A model that waits elsewhere than on `device` goes there a block at a time.
+    """
     if config.prior == "none":
         return None
     if config.prior in TWO_FOUR_ONE_SHOT:
-        return choose_masks(model, config.prior, blocks, quiet=quiet)
+        waits = device is not None and device != next(model.parameters()).device
+        on = device if waits else None
+        return choose_masks(model, config.prior, blocks, quiet=quiet, device=on)
     masks, _ = load_masks(config.prior)
     return masks
 
@@ -371,13 +384,15 @@ def choose_masks(
     *,
     update: bool = False,
     quiet: bool = False,
+    device: torch.device | None = None,
 ) -> dict[str, torch.Tensor]:
     """`one_shot_masks` with its progress shown, a block of the model at a time."""
     if method == "magnitude":
         note("choosing 2:4 masks by magnitude", quiet)
         return one_shot_masks(model, method)
     with reporting(f"choosing 2:4 masks by {method}", blocks.numel(), quiet, "block") as progress:
-        return one_shot_masks(model, method, blocks, update=update, progress=progress)
+        options: Any = {"update": update, "progress": progress, "device": device}
+        return one_shot_masks(model, method, blocks, **options)
 
 
 def _progress_line(row: JsonObject) -> str:

@@ -10,6 +10,10 @@ import torch
 from checkpoints_on_disk import strange_tensors, write_checkpoint, write_text
 
 from maskprune.cli import main
+from maskprune.commands.run_folder import read_config
+from maskprune.commands.sparsify import device_of_blocks
+from maskprune.config import SparsifyConfig
+from maskprune.training import layer_by_layer
 from maskprune.two_four.patterns import is_two_four, load_masks, oriented, prunable
 
 LEARN = (
@@ -106,6 +110,43 @@ def test_one_shot_methods_write_the_same_kind_of_folder(method, place, tmp_path)
     record = json.loads((tmp_path / "out" / "maskprune/maskprune.json").read_text())
     assert record["method"] == method and record["steps"] == 0
     assert not (tmp_path / "out" / "maskprune/trace.jsonl").exists()
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_a_model_too_large_for_the_device_goes_there_block_by_block(
+    method, place, tmp_path, monkeypatch, capsys
+):
+    """The CPU stands in for a GPU with a kilobyte free."""
+    more = ["--method", method, *(["--update-weights"] if method == "sparsegpt" else [])]
+    assert sparsify(place, tmp_path / "whole", *more) == 0
+    assert "one by one" not in capsys.readouterr().err
+    travelled, real = [], layer_by_layer.place
+    monkeypatch.setattr(layer_by_layer, "place", lambda *a: (travelled.append(a), real(*a))[1])
+    monkeypatch.setattr("maskprune.commands.sparsify.free_bytes", lambda device: 1000)
+    assert sparsify(place, tmp_path / "parts", *more) == 0
+    assert "stays in the host's memory, and its blocks go there" in capsys.readouterr().err
+    assert bool(travelled) is (method != "magnitude")
+    whole, parts = load(tmp_path / "whole").state_dict(), load(tmp_path / "parts").state_dict()
+    assert all(torch.equal(parts[name], value) for name, value in whole.items())
+
+
+def test_a_model_goes_block_by_block_where_it_and_its_proof_take_more_than_is_counted_on(
+    place, monkeypatch
+):
+    config = read_config(str(place / "model"))
+    weights = sum(p.nbytes for p in load(place / "model").parameters())
+    widest = max(oriented(m).shape[1] for m in prunable(load(place / "model")).values())
+
+    def goes(free, **settings):
+        monkeypatch.setattr("maskprune.commands.sparsify.free_bytes", lambda device: free)
+        return device_of_blocks(config, SparsifyConfig(device="cpu", **settings))
+
+    for more, where in ((1, None), (-1, torch.device("cpu"))):
+        assert goes((2 * weights + more) / 0.9, method="wanda") == where
+        assert goes((weights + more) / 0.9, method="wanda", dtype="bfloat16") == where
+        factors = 8 * 4 * widest**2
+        assert goes((2 * weights + factors + more) / 0.9, method="sparsegpt") == where
+        assert goes((weights + more) / 0.9, method="maskllm") is None
 
 
 def test_check_sees_the_pattern_and_proves_it(learned, place, capsys):
