@@ -6,6 +6,8 @@ cap(z) = softcap * tanh(z / softcap) - p, q = softmax of the student's and the t
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch.nn import functional
 
@@ -54,6 +56,77 @@ def linear_kl(
     Source: the loss of MaskPrune (arXiv 2502.14008), section 3.3; chunks as in Liger-Kernel
     (arXiv 2410.10989), section 3.2.
     """
+    options = _Options(scale, softcap, direction, chunk)
+    return _run(student_hidden, teacher_hidden, weight, bias, None, 0.0, options)[0]
+
+
+def linear_distillation(
+    student_hidden: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    lm_weight: float,
+    bias: torch.Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    direction: str = "teacher_student",
+    chunk: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(1 - w) KL + w CE from the same chunks of logits as `linear_kl`, w = lm_weight.
+
+    CE is the student's cross entropy with the targets, in nats, mean over those that count; 0 where
+    none does.
+
+    Args:
+        targets: (...), int64 token ids; those below 0 do not count.
+        lm_weight: from 0 to 1.
+        Others as `linear_kl`.
+
+    Returns:
+        The loss, and KL and CE without gradient; 0-dim, dtype as `linear_kl`.
+
+    Raises:
+        As `linear_kl`; ValueError: targets of another shape, lm_weight outside 0 to 1; TypeError:
+            targets that are not int64.
+
+    Source: Hinton et al. (arXiv 1503.02531), section 2, at temperature 1.
+    """
+    if targets.dtype != torch.int64:
+        raise TypeError(f"linear_distillation: targets are {targets.dtype}; expected torch.int64")
+    if targets.shape != student_hidden.shape[:-1]:
+        raise ValueError(
+            f"linear_distillation: targets are {tuple(targets.shape)}; expected "
+            f"{tuple(student_hidden.shape[:-1])}, one for each hidden state"
+        )
+    if not 0 <= lm_weight <= 1:
+        raise ValueError(f"linear_distillation: lm_weight is {lm_weight}; expected 0 to 1")
+    options = _Options(scale, softcap, direction, chunk)
+    loss, parts = _run(
+        student_hidden, teacher_hidden, weight, bias, targets.flatten(), lm_weight, options
+    )
+    kl, lm = parts.detach()
+    return loss, kl, lm
+
+
+class _Options(NamedTuple):
+    scale: float
+    softcap: float | None
+    direction: str
+    chunk: int | None
+
+
+def _run(
+    student_hidden: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor | None,
+    lm_weight: float,
+    options: _Options,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss, and (2,) KL and CE."""
+    scale, softcap, direction, chunk = options
     s, t = student_hidden, teacher_hidden.detach()
     _check(s, t, weight, bias, softcap, direction, chunk)
     kind = s.device.type
@@ -63,7 +136,7 @@ def linear_kl(
         bias = bias if bias is None else bias.to(lower)
     chunk = chunk or rows_at_once(weight.shape[0], s)
     d = s.shape[-1]
-    loss, _ = torch.ops.maskprune.linear_kl(
+    loss, parts, _ = torch.ops.maskprune.linear_kl(
         s.reshape(-1, d),
         t.reshape(-1, d),
         weight,
@@ -73,9 +146,10 @@ def linear_kl(
         direction == "student_teacher",
         chunk,
         torch.is_grad_enabled() and s.requires_grad,
+        targets,
+        float(lm_weight),
     )
-    result: torch.Tensor = loss
-    return result
+    return loss, parts
 
 
 def rows_at_once(vocabulary: int, hidden: torch.Tensor) -> int:
@@ -187,33 +261,54 @@ def _forward(
     reverse: bool,
     chunk: int,
     with_gradient: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss, and the gradient in `student` of its sum over tokens; empty where not wanted."""
+    targets: torch.Tensor | None = None,
+    lm_weight: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The loss; KL and CE; and the gradient in `student` of n times the loss, empty if not wanted.
+
+    n is the number of tokens.
+    """
     work = torch.float64 if student.dtype == torch.float64 else torch.float32
     n, shape = student.shape[0], (min(chunk, student.shape[0]), weight.shape[0])
     gradient = torch.empty_like(student if with_gradient else student[:0])
-    total = student.new_zeros((), dtype=work)
+    kl, ce = student.new_zeros(2, dtype=work)
     # Every chunk computes in the same memory: new pages cost more than what is written to them.
     z, log_p, log_q = (student.new_empty(shape, dtype=work) for _ in range(3))
     lower = z if weight.dtype == work else student.new_empty(shape, dtype=weight.dtype)
+    if targets is not None:
+        counted = (targets >= 0).to(work)[:, None]
+        index = targets.clamp(min=0)[:, None]
+        # Of a token's row in n times the loss.
+        share = lm_weight * n / counted.sum().clamp(min=1) * counted
     with torch.autocast(student.device.type, enabled=False):
         for start in range(0, n, chunk):
             rows = slice(start, start + chunk)
             s, t = student[rows], teacher[rows]
-            parts = tuple(x[: len(s)] for x in (z, lower))
+            spare, product = z[: len(s)], lower[: len(s)]
             p, q = log_p[: len(s)], log_q[: len(s)]
-            logits = _logits(s, weight, bias, scale, softcap, *parts)
+            logits = _logits(s, weight, bias, scale, softcap, spare, product)
             slope = 1 - (logits / softcap).square_() if softcap and with_gradient else None
             torch.log_softmax(logits, -1, out=p)
-            torch.log_softmax(_logits(t, weight, bias, scale, softcap, *parts), -1, out=q)
-            kl, d = kl_rows(p, q, reverse, parts[0])
-            total += kl.sum()
-            if with_gradient:
-                d = d if slope is None else d.mul_(slope)
-                d = d if scale == 1 else d.mul_(scale)
-                d = d if lower is z else parts[1].copy_(d)
-                torch.mm(d, weight, out=gradient[rows])
-    return total / n, gradient
+            torch.log_softmax(_logits(t, weight, bias, scale, softcap, spare, product), -1, out=q)
+            if targets is not None:
+                ce -= (p.gather(1, index[rows]) * counted[rows]).sum()
+            of_row, d = kl_rows(p, q, reverse, spare)
+            kl += of_row.sum()
+            if not with_gradient:
+                continue
+            if targets is not None:
+                # The student's probabilities are in `spare`, or d and the teacher's make them.
+                d.mul_(1 - lm_weight if reverse else 1 - lm_weight + share[rows])
+                d.addcmul_(spare, share[rows]).scatter_add_(1, index[rows], -share[rows])
+            d = d if slope is None else d.mul_(slope)
+            d = d if scale == 1 else d.mul_(scale)
+            d = d if lower is z else product.copy_(d)
+            torch.mm(d, weight, out=gradient[rows])
+    kl = kl / n
+    if targets is None:
+        return kl, torch.stack([kl, ce]), gradient
+    ce = ce / counted.sum().clamp(min=1)
+    return (1 - lm_weight) * kl + lm_weight * ce, torch.stack([kl, ce]), gradient
 
 
 def _logits(
@@ -235,18 +330,18 @@ def _logits(
     return z.div_(softcap).tanh_().mul_(softcap) if softcap else z
 
 
-def _save(ctx: Context, inputs: Inputs, output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    ctx.save_for_backward(output[1])
+def _save(ctx: Context, inputs: Inputs, output: tuple[torch.Tensor, ...]) -> None:
+    ctx.save_for_backward(output[2])
     ctx.tokens = inputs[0].shape[0]
 
 
-def _gradients(ctx: Context, upstream: torch.Tensor, _: object) -> tuple[torch.Tensor | None, ...]:
+def _gradients(ctx: Context, upstream: torch.Tensor, *_: object) -> tuple[torch.Tensor | None, ...]:
     if torch.is_grad_enabled():
         raise RuntimeError(
             "linear_kl has no second derivative; use maskprune.ops.linear_kl.reference"
         )
     (gradient,) = ctx.saved_tensors
-    return ((gradient * (upstream / ctx.tokens)).to(gradient.dtype), *[None] * 8)
+    return ((gradient * (upstream / ctx.tokens)).to(gradient.dtype), *[None] * 10)
 
 
 def _fake(
@@ -259,16 +354,21 @@ def _fake(
     reverse: bool,
     chunk: int,
     with_gradient: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    targets: torch.Tensor | None = None,
+    lm_weight: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     work = torch.float64 if student.dtype == torch.float64 else torch.float32
-    return student.new_empty((), dtype=work), torch.empty_like(
-        student if with_gradient else student[:0]
+    return (
+        student.new_empty((), dtype=work),
+        student.new_empty(2, dtype=work),
+        torch.empty_like(student if with_gradient else student[:0]),
     )
 
 
 register(
     "linear_kl(Tensor student, Tensor teacher, Tensor weight, Tensor? bias, float scale,"
-    " float? softcap, bool reverse, int chunk, bool with_gradient) -> (Tensor, Tensor)",
+    " float? softcap, bool reverse, int chunk, bool with_gradient, Tensor? targets,"
+    " float lm_weight) -> (Tensor, Tensor, Tensor)",
     _forward,
     _fake,
     gradients=_gradients,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ from maskprune.hf.adapters import adapted_layers
 from maskprune.hf.families import layers_of, stock_model
 from maskprune.hf.head import head_of, last_hidden_states, tail_of
 from maskprune.structured.masks import Masks
-from maskprune.training.losses import hidden_cross_entropy, hidden_kl
+from maskprune.training.losses import hidden_distillation, hidden_kl
 
 
 @dataclass
@@ -83,14 +84,18 @@ def distill(
         student, teacher, layer = _teacher_first(model, base, masks, input_ids, alpha != 0)
     else:
         student, teacher, layer = _side_by_side(model, base, masks, input_ids)
-    kl = hidden_kl(
-        head_of(base), student, teacher, kl_direction, lambda: teacher_mode(model, masks)
-    )
-    total, lm = kl, torch.zeros_like(kl)
+    head = head_of(base)
+
+    def as_teacher() -> AbstractContextManager[None]:
+        return teacher_mode(model, masks)
+
     if lm_weight:
-        targets = input_ids[:, 1:].flatten()
-        lm = hidden_cross_entropy(head_of(base), student[:, :-1].flatten(0, 1), targets)
-        total = (1 - lm_weight) * kl + lm_weight * lm
+        total, kl, lm = hidden_distillation(
+            head, student, teacher, input_ids, lm_weight, kl_direction, as_teacher
+        )
+    else:
+        total = kl = hidden_kl(head, student, teacher, kl_direction, as_teacher)
+        lm = torch.zeros_like(kl)
     return DistillLoss(total + alpha * layer if alpha else total, kl, layer, lm)
 
 

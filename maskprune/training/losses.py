@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from maskprune.hf.head import Head
-from maskprune.ops import linear_kl
+from maskprune.ops import linear_distillation, linear_kl
 from maskprune.ops.linear_kl import check_direction, kl_rows, rows_at_once
 from maskprune.ops.register import Context
 
@@ -80,6 +80,39 @@ def hidden_kl(
         student,
         teacher,
         head.weight,
+        head.bias,
+        scale=head.scale,
+        softcap=head.softcap,
+        direction=direction,
+    )
+
+
+def hidden_distillation(
+    head: Head,
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    input_ids: torch.Tensor,
+    lm_weight: float,
+    direction: str = "teacher_student",
+    as_teacher: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(1 - w) KL + w CE of the next of `input_ids` (B, T); and KL and CE, without gradient.
+
+    From last hidden states (B, T, d), w = lm_weight; else as `hidden_kl`.
+    """
+    if head.obstacle:
+        kl = hidden_kl(head, student, teacher, direction, as_teacher)
+        targets = input_ids[:, 1:].flatten()
+        lm = hidden_cross_entropy(head, student[:, :-1].flatten(0, 1), targets)
+        return (1 - lm_weight) * kl + lm_weight * lm, kl.detach(), lm.detach()
+    # The last token of a sequence has no next one.
+    targets = functional.pad(input_ids[:, 1:], (0, 1), value=-1)
+    return linear_distillation(
+        student,
+        teacher,
+        head.weight,
+        targets,
+        lm_weight,
         head.bias,
         scale=head.scale,
         softcap=head.softcap,

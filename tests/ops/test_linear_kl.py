@@ -73,6 +73,55 @@ def test_gradcheck(direction, scale, softcap):
     assert gradcheck(loss, s)
 
 
+def mixture(s, t, W, targets, weight, bias=None, **options):
+    """The definition of `linear_distillation`."""
+    kl = module.reference(s, t, W, bias, **options)
+    scale, softcap = options.get("scale", 1.0), options.get("softcap")
+    z = scale * functional.linear(s, W, bias)
+    z = (z / softcap).tanh() * softcap if softcap else z
+    counted = targets >= 0
+    lm = functional.cross_entropy(z[counted], targets[counted]) if counted.any() else 0 * z.sum()
+    return (1 - weight) * kl + weight * lm, kl, lm
+
+
+@pytest.mark.parametrize("n, d, vocabulary, chunk", SIZES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_mixture_with_the_cross_entropy_equals_the_definition(n, d, vocabulary, chunk, direction):
+    s, t, W, b = tensors(n, d, vocabulary)
+    g = torch.Generator().manual_seed(1)
+    some = torch.randint(-vocabulary, vocabulary, (n,), generator=g).to(DEVICE)
+    for targets in (some, some.abs() % vocabulary, torch.full_like(some, -1)):
+        for weight, (bias, scale, softcap) in itertools.product(
+            (0.0, 0.3, 1.0), ((None, 1.0, None), (b, 0.25, 3.0))
+        ):
+            options = dict(scale=scale, softcap=softcap, direction=direction)
+            results = []
+            for function in (mixture, ops.linear_distillation):
+                x = s.detach().clone().requires_grad_()
+                more = {"chunk": chunk} if function is ops.linear_distillation else {}
+                loss, kl, lm = function(x, t, W, targets, weight, bias, **options, **more)
+                (gradient,) = torch.autograd.grad(loss, x)
+                results.append((loss.detach(), kl.detach(), lm.detach(), gradient))
+                if more:
+                    assert not kl.requires_grad and not lm.requires_grad
+            torch.testing.assert_close(*results, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    "targets, weight, error, message",
+    [
+        (torch.zeros(4, dtype=torch.int64), 0.5, ValueError, r"are \(4,\); expected \(5,\)"),
+        (torch.zeros(5), 0.5, TypeError, "are torch.float32; expected torch.int64"),
+        (torch.zeros(5, dtype=torch.int64), 1.5, ValueError, "lm_weight is 1.5; expected 0 to 1"),
+    ],
+)
+def test_bad_targets_are_named(targets, weight, error, message):
+    with pytest.raises(error, match=message):
+        ops.linear_distillation(
+            torch.zeros(5, 3), torch.zeros(5, 3), torch.zeros(7, 3), targets, weight
+        )
+
+
 def test_leading_axes_are_tokens():
     s, t, W, _ = tensors(12, 3, 7)
     loss, gradient = run(ops.linear_kl, s, t, W)
@@ -136,8 +185,9 @@ def test_opcheck():
     s, t, W, b = tensors(5, 3, 7, torch.float32)
     operation = torch.ops.maskprune.linear_kl
     for arguments in (
-        (s, t, W, b, 0.5, 2.0, True, 2, True),
-        (s.detach(), t, W, None, 1.0, None, False, 64, False),
+        (s, t, W, b, 0.5, 2.0, True, 2, True, None, 0.0),
+        (s.detach(), t, W, None, 1.0, None, False, 64, False, None, 0.0),
+        (s, t, W, None, 1.0, None, False, 2, True, torch.arange(5, device=DEVICE) - 1, 0.3),
     ):
         torch.library.opcheck(operation.default, arguments)
 
