@@ -186,7 +186,7 @@ class PruneConfig(RunConfig, BudgetConfig):
     )
     alpha: float = _setting(0.0, "Weight of the hidden-state loss; 0.04 is the ancestors'.")
     lm_weight: float = _setting(
-        0.0,
+        0.3,
         "Share of the loss that is the cross entropy of the text's next tokens, up to 1; the rest"
         " is distillation.",
     )

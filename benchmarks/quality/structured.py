@@ -53,7 +53,7 @@ ARMS = {
 }
 # Settings of their own, over those of the command line.
 COLD: dict[str, Any] = {"warm_start": "none", "mask_lr": 1e-2, "reach": None}
-PAPER = COLD | {"lora_targets": "q_proj,v_proj", "alpha": 0.04, "interval": 10}
+PAPER = COLD | {"lora_targets": "q_proj,v_proj", "alpha": 0.04, "interval": 10, "lm_weight": 0.0}
 OWN = {"maskprune-cold": COLD, "paper": PAPER}
 
 # What a run finds, in which it may differ from an older one that it replaces.
@@ -139,6 +139,7 @@ def one_run(args: Any, arm: str, seed: int, shape: Shape | None) -> tuple[dict[s
         "learning_rate": args.learning_rate,
         "output_r": config.output_r,
         "compensate": config.compensate,
+        "lm_weight": config.lm_weight,
         "warm_start": config.warm_start if config.method == "maskprune" else None,
         "tokens_read": args.steps * args.batch_size * args.seq_len + read,
         "kl_at_lock": settled[0]["kl"],
