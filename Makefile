@@ -53,7 +53,7 @@ bench: $(VENV)/tested
 		--variants dense,uniform,compresso --rounds 9 --seconds 90 --rows $(R)/latency.jsonl --overwrite
 	$(BIN)/python benchmarks/latency.py --profile --model wide-1024,smollm2-135m --sparsity 0.5 \
 		--length 128 --rounds 40 --rows $(R)/latency.jsonl --overwrite
-	$(BIN)/python -m benchmarks.quality.structured --rows $(R)/quality.jsonl --overwrite
+	$(BIN)/python -m benchmarks.quality.structured --set lm_weight=0 --rows $(R)/quality.jsonl --overwrite
 	$(BIN)/python -m benchmarks.quality.memory --rows $(R)/memory.jsonl --overwrite -- smollm2-135m --sparsity 0.2 \
 		--seq-len 512 --batch-size 1 --warm-start-blocks 2 --compensation_tokens 1024
 	$(BIN)/python -m benchmarks.quality.memory --demo --rows $(R)/memory.jsonl --overwrite

@@ -111,6 +111,10 @@ def claim_run_folder(out: Path, inputs: JsonObject, *, resume: bool, anew: bool 
     return run
 
 
+# What settings were in runs that began before they existed.
+BEFORE: JsonObject = {"lm_weight": 0.0}
+
+
 def _require_same(run: Path, now: JsonObject) -> None:
     try:
         saved = json.loads((run / INPUTS_FILE).read_text())
@@ -119,6 +123,7 @@ def _require_same(run: Path, now: JsonObject) -> None:
             f"{run} cannot be continued: its {INPUTS_FILE}, which names the run, is broken; "
             "choose another output folder, or move that one away"
         ) from None
+    saved = BEFORE | saved
     compared = [k for k in now if k not in MAY_CHANGE and k in saved]
     changed = [f"{k} {saved[k]!r} -> {now[k]!r}" for k in compared if saved[k] != now[k]]
     if changed:

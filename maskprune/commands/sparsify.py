@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -151,28 +152,35 @@ def _run(files: SparsifyFiles, settings: SparsifyConfig, out: Path) -> RunRecord
 def device_of_blocks(config: PreTrainedConfig, settings: SparsifyConfig) -> torch.device | None:
     """The GPU to which a model that is too large for it goes block by block; None where it fits.
 
-    For a one-shot method; what is trained must be whole on its device. Counted are the weights,
-    again as the proof reads them back beside the first ones, and with SparseGPT eight times the
-    largest sum over x x^T, for its factors; a tenth is left for the rest.
+    For a one-shot method; what is trained must be whole on its device. Counted are the weights, and
+    beside them what is larger: the copy that the proof reads back, or with SparseGPT eight times
+    the largest sum over x x^T, for its factors; a tenth is left for the rest.
     """
     from transformers import AutoModelForCausalLM
 
     device = torch_device(settings.device)
-    if settings.method == "maskllm":
+    free = free_bytes(device)
+    if settings.method == "maskllm" or free == sys.maxsize:
         return None
     dtype = torch_dtype(settings.dtype)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     size = (dtype if isinstance(dtype, torch.dtype) else stored_dtype(config)).itemsize
-    needed = 2 * size * sum(p.numel() for p in model.parameters())
+    weights = needed = size * sum(p.numel() for p in model.parameters())
     if settings.method == "sparsegpt":
-        needed += 8 * 4 * max(oriented(m).shape[1] for m in prunable(model).values()) ** 2
-    free = free_bytes(device)
+        widest = max(oriented(m).shape[1] for m in prunable(model).values())
+        needed = max(needed, 8 * 4 * widest**2)
+    needed += weights
     if needed <= USABLE * free:
         return None
     note(
         f"{needed / 1e9:.1f} GB for the whole model do not fit {device}, where {free / 1e9:.1f} GB "
-        "are free: it stays in the host's memory, and its blocks go there one by one",
+        "are free: it stays in the host's memory, and "
+        + (
+            "is pruned there"
+            if settings.method == "magnitude"
+            else "its blocks go there one by one"
+        ),
         rank() > 0,
     )
     return device

@@ -26,7 +26,10 @@ class Head:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., d) -> (..., V)."""
-        logits: torch.Tensor = self.module(hidden)
+        return self.bent(self.module(hidden))
+
+    def bent(self, logits: torch.Tensor) -> torch.Tensor:
+        """What the model makes of its weights' products with hidden states, (..., V)."""
         if self.scale != 1:
             logits = logits * self.scale
         return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits

@@ -14,7 +14,7 @@ from torch.nn import functional
 from maskprune.choices import KL_DIRECTIONS, require_choice
 from maskprune.ops.register import Context, Inputs, register
 
-# Size of one chunk's logits in the dtype they are computed in; three or four such are in memory.
+# Size of one chunk's logits in the dtype they are computed in; three to five such are in memory.
 CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}
 
 
@@ -284,10 +284,13 @@ def _forward(
         for start in range(0, n, chunk):
             rows = slice(start, start + chunk)
             s, t = student[rows], teacher[rows]
-            spare, product = z[: len(s)], lower[: len(s)]
+            spare = z[: len(s)]
+            product = spare if lower is z else lower[: len(s)]
             p, q = log_p[: len(s)], log_q[: len(s)]
             logits = _logits(s, weight, bias, scale, softcap, spare, product)
-            slope = 1 - (logits / softcap).square_() if softcap and with_gradient else None
+            slope = None
+            if softcap and with_gradient:
+                slope = torch.div(logits, softcap).square_().neg_().add_(1)
             torch.log_softmax(logits, -1, out=p)
             torch.log_softmax(_logits(t, weight, bias, scale, softcap, spare, product), -1, out=q)
             if targets is not None:
@@ -302,7 +305,7 @@ def _forward(
                 d.addcmul_(spare, share[rows]).scatter_add_(1, index[rows], -share[rows])
             d = d if slope is None else d.mul_(slope)
             d = d if scale == 1 else d.mul_(scale)
-            d = d if lower is z else product.copy_(d)
+            d = d if product is spare else product.copy_(d)
             torch.mm(d, weight, out=gradient[rows])
     kl = kl / n
     if targets is None:

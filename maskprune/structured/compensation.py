@@ -129,9 +129,10 @@ def compensate(
         if bool((m != 1).any()) and hasattr(modules[place], "lora_A")
     ]
     changed: list[nn.Parameter] = []
-    groups = _groups(todo, channels, _gram_bytes(blocks.device))
     if todo and (summed or device is not None):
         groups = [todo]
+    else:
+        groups = _groups(todo, channels, _gram_bytes(blocks.device))
     for number, places in enumerate(groups):
         said = progress if device is None else None
         parts = batches(blocks, said, number, len(groups)) if len(blocks) else []

@@ -28,7 +28,10 @@ from maskprune.training.losses import hidden_distillation, hidden_kl
 
 @dataclass
 class DistillLoss:
-    """total = (1 - lm_weight) kl + lm_weight lm + alpha layer; 0-dim tensors, lm 0 if unused."""
+    """total = (1 - lm_weight) kl + lm_weight lm + alpha layer; 0-dim tensors.
+
+    kl and lm have no gradient; lm is 0 where lm_weight is.
+    """
 
     total: torch.Tensor
     kl: torch.Tensor
@@ -47,6 +50,8 @@ def teacher_mode(model: nn.Module, masks: Masks) -> Iterator[None]:
             yield
         finally:
             model.train(training)
+            # The student must not meet a trained weight that was cast without its graph.
+            torch.clear_autocast_cache()
 
 
 def distill(
@@ -96,7 +101,7 @@ def distill(
     else:
         total = kl = hidden_kl(head, student, teacher, kl_direction, as_teacher)
         lm = torch.zeros_like(kl)
-    return DistillLoss(total + alpha * layer if alpha else total, kl, layer, lm)
+    return DistillLoss(total + alpha * layer if alpha else total, kl.detach(), layer, lm)
 
 
 def _checkpoints_activations(base: nn.Module) -> bool:

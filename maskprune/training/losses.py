@@ -138,8 +138,19 @@ def hidden_cross_entropy(head: Head, hidden: torch.Tensor, targets: torch.Tensor
             options=nn.LinearCrossEntropyOptions(batch_chunk_size=rows),
         )
 
+    logits: Callable[[torch.Tensor], torch.Tensor] = head
+    if head.obstacle is None and not full:
+        # Autocast would cast the frozen weight again for every chunk, and again in the backward.
+        kind = hidden.device.type
+        lower = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        weight, bias = head.weight.to(lower), head.bias
+        bias = bias if bias is None else bias.to(lower)
+
+        def logits(h: torch.Tensor) -> torch.Tensor:
+            return head.bent(functional.linear(h, weight, bias))
+
     def part(h: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return functional.cross_entropy(head(h).float(), y, reduction="sum")
+        return functional.cross_entropy(logits(h).float(), y, reduction="sum")
 
     parts = [
         checkpoint(part, h, y, use_reentrant=False)

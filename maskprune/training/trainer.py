@@ -105,9 +105,11 @@ class BlockTrainer(Trainer):
             self.save_whole(folder)
             mark_complete(folder)
 
-    def computing(self) -> torch.autocast:
+    def computing(self) -> contextlib.AbstractContextManager[object]:
         """The run's autocast for a whole loss; Trainer's own ends with the model's forward."""
-        return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16)
+        if not self.args.bf16:
+            return contextlib.nullcontext()
+        return torch.autocast(self.args.device.type, torch.bfloat16)
 
     def trace_row(self, optimizer: Optimizer) -> JsonObject:
         """What the trace says of the run beside `last_loss`."""

@@ -101,7 +101,7 @@ def one_shot_masks(
                 for names, total in groups:
                     found = _prune(method, {n: own[n] for n in names}, total, len(blocks), update)
                     masks |= {name: mask.to(walk.home) for name, mask in found.items()}
-                del groups
+                del groups, total
                 # Nothing reads the last block's output.
                 if layer is not layers[-1]:
                     walk.run(index, replace=True)

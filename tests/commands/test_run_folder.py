@@ -267,6 +267,18 @@ def test_what_a_resumed_run_may_and_may_not_change(place, capsys, monkeypatch):
     assert listing(place) == ["model", "out", "text.jsonl"]
 
 
+def test_a_run_from_before_a_setting_existed_keeps_what_it_did_then(place, capsys, monkeypatch):
+    stopped(place, monkeypatch)
+    said(capsys)
+    settings = place / "out.run" / "settings.json"
+    older = json.loads(settings.read_text())
+    assert older.pop("lm_weight") == 0.3
+    settings.write_text(json.dumps(older))
+    assert prune(place, "--resume") == 2
+    assert "lm_weight 0.0 -> 0.3" in said(capsys)
+    assert prune(place, "--resume", "--lm-weight", "0") == 0
+
+
 def test_resume_without_a_whole_checkpoint_says_so(place, capsys, monkeypatch):
     stopped(place, monkeypatch)
     said(capsys)

@@ -94,7 +94,8 @@ def test_a_share_of_the_loss_is_the_cross_entropy_of_the_next_tokens(weight):
         if whole:
             logits = model(tokens()).logits[:, :-1].flatten(0, 1)
             expected = functional.cross_entropy(logits, tokens()[:, 1:].flatten())
-            total = (1 - weight) * loss.kl + weight * expected + 0.1 * loss.layer
+            total = 0.1 * loss.layer + weight * expected
+            total = total + (1 - weight) * (loss.total - 0.1 * loss.layer)
             assert loss.lm == 0
         else:
             expected = loss.lm
