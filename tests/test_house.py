@@ -82,6 +82,7 @@ def test_the_public_names_are_these():
         "gather_rows",
         "gumbel_two_four",
         "least_s_prox_",
+        "linear_distillation",
         "linear_kl",
         "masked_swiglu",
         "minimax_step_",

@@ -294,8 +294,8 @@ def _sections(
     against = (
         "The loss that was fitted, without the reward for kept weights"
         if two_four
-        else "How far the model is from the unpruned one on the same tokens: KL and, if asked for, "
-        "the error of hidden states"
+        else "The loss and its parts: the KL to the unpruned model on the same tokens, the cross "
+        "entropy of the text's next tokens and, if asked for, the error of hidden states"
     )
     for panels, stem, heading, caption in (
         (
