@@ -7,8 +7,8 @@ import torch
 from benchmarks.ops import compare
 from maskprune import ops
 
-# A type; the loss, which has a benchmark of its own; and what runs within `Minimax.step`.
-ELSEWHERE = {"LeastS", "linear_kl", "minimax_step_"}
+# A type; the losses, which have a benchmark of their own; and what runs within `Minimax.step`.
+ELSEWHERE = {"LeastS", "linear_distillation", "linear_kl", "minimax_step_"}
 
 
 def test_every_operation_is_timed_and_every_case_runs():
