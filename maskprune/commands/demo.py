@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from maskprune.commands.evaluate import perplexity
 from maskprune.commands.prune import run_prune
 from maskprune.commands.record import RunRecord
@@ -19,7 +21,7 @@ from maskprune.hf.demo_model import MODEL_NAME, demo_text
 from maskprune.hf.equality import Difference
 from maskprune.hf.load import load_model
 from maskprune.training.allocator import return_freed_memory
-from maskprune.training.speed import throughput
+from maskprune.training.speed import bfloat16_is_faster, throughput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -134,13 +136,18 @@ def demonstrate(out: Path, steps: int, seed: int = 0) -> RunRecord:
     pruned, _ = load_model(out, device="cpu")
     models = {"dense": dense, "pruned": pruned}
     speeds = throughput(models)
+    faster = bfloat16_is_faster(dense.config.hidden_size, WINDOW)
+    dtype = torch.bfloat16 if faster else None
     for name, facts in (("dense", record.dense), ("pruned", record.pruned)):
         print(f"measuring perplexity, {name}", file=sys.stderr)
-        ppl = perplexity(models[name], tokenizer, held_out, WINDOW, limit=WINDOWS)["ppl"]
+        model = models[name]
+        measured = perplexity(model, tokenizer, held_out, WINDOW, limit=WINDOWS, dtype=dtype)
+        ppl = measured["ppl"]
         facts |= {"ppl": ppl} | speeds[name]
-        facts["texts"] = {p: continuation(models[name], tokenizer, p) for p in PROMPTS}
+        facts["texts"] = {p: continuation(model, tokenizer, p) for p in PROMPTS}
     record.perplexity = {
-        "data": f"held-out text of the demo, the first {WINDOWS} windows",
+        "data": f"held-out text of the demo, the first {WINDOWS} windows"
+        + (", computed in bfloat16" if faster else ""),
         "seq_len": WINDOW,
         "dense": record.dense["ppl"],
         "pruned": record.pruned["ppl"],
