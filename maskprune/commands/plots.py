@@ -221,8 +221,9 @@ def curves(trace: Trace, panels: Sequence[Panel]) -> Figure | None:
             if (lock := _lock(trace)) and not panel.until_lock:
                 steps, _ = series(trace, "step")
                 axis.axvline(steps[lock], color=GREY, lw=1, ls=":", label="shape final", zorder=0)
-            if (entries := len(axis.get_legend_handles_labels()[0])) > 2:
-                # Between so many curves there is no room for it.
+            entries = len(axis.get_legend_handles_labels()[0])
+            if entries > 2 and len(drawn) == 1:
+                # Between so many curves there is no room for it; above a wide panel there is.
                 columns = entries if entries == 3 else 2
                 axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=columns)
             elif entries > 1:
