@@ -35,7 +35,7 @@ def _require_choices(config: object, **choices: tuple[str, ...]) -> None:
 def _require_least(config: object, **least: int) -> None:
     for name, low in least.items():
         value = getattr(config, name)
-        if value is not None and value < low:
+        if value is not None and not value >= low:
             raise ValueError(f"{name} is {value}; expected at least {low}")
 
 

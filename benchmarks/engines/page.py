@@ -28,9 +28,7 @@ UNITS = {
 def render(page: Path, rows: Sequence[Row]) -> str:
     """The page's text with every block between `<!-- begin: NAME -->` and `<!-- end -->` anew.
 
-    Raises:
-        ValueError: a block whose name is none of summary, machines, families, demo, speed,
-            heterogeneous, quality.
+    Names are summary, machines, families, demo, speed, heterogeneous and quality; others stay.
     """
     blocks = {
         "summary": summary(rows),

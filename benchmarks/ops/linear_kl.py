@@ -29,7 +29,7 @@ from benchmarks.harness import (
 )
 from benchmarks.harness.memory import peak_mib
 from maskprune.ops import linear_distillation, linear_kl
-from maskprune.ops.linear_kl import reference
+from maskprune.ops.linear_kl import distillation_reference, reference
 from maskprune.training.losses import token_kl
 
 # Tokens, hidden size, vocabulary.
@@ -39,7 +39,7 @@ SIZES = {
 }
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
 # Largest error of the gradient over its largest value, against `reference` in float32.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 COLUMNS = (
     *("tokens", "hidden", "vocabulary", "dtype", "provider"),
     *("median_ms", "p10_ms", "p90_ms", "of_whole", "peak_mib"),
@@ -65,8 +65,7 @@ def whole_lm(s: torch.Tensor, t: torch.Tensor, weight: torch.Tensor) -> torch.Te
 
 
 def reference_lm(s: torch.Tensor, t: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    lm = functional.cross_entropy(functional.linear(s, weight), targets(s))
-    return (1 - LM_WEIGHT) * reference(s, t, weight) + LM_WEIGHT * lm
+    return distillation_reference(s, t, weight, targets(s), LM_WEIGHT)[0]
 
 
 def chunks_lm(s: torch.Tensor, t: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -93,7 +92,8 @@ def rows(
     for dtype in dtypes or DTYPES[kind]:
         for tokens, hidden, vocabulary in sizes:
             s = torch.randn(tokens, hidden, generator=generator, device=device).to(dtype)
-            t = s + 0.1 * torch.randn(tokens, hidden, generator=generator, device=device).to(dtype)
+            # Nearer, the gradient would be of the size of what bfloat16 rounds off the logits.
+            t = s + 0.5 * torch.randn(tokens, hidden, generator=generator, device=device).to(dtype)
             W = torch.randn(vocabulary, hidden, generator=generator, device=device).to(dtype)
             W *= 2 / hidden**0.5
             s.requires_grad_()

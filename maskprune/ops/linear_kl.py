@@ -99,8 +99,7 @@ def linear_distillation(
             f"linear_distillation: targets are {tuple(targets.shape)}; expected "
             f"{tuple(student_hidden.shape[:-1])}, one for each hidden state"
         )
-    if not 0 <= lm_weight <= 1:
-        raise ValueError(f"linear_distillation: lm_weight is {lm_weight}; expected 0 to 1")
+    check_lm_weight(lm_weight)
     options = _Options(scale, softcap, direction, chunk)
     loss, parts = _run(
         student_hidden, teacher_hidden, weight, bias, targets.flatten(), lm_weight, options
@@ -198,6 +197,12 @@ def _check(
     check_direction(direction)
 
 
+def check_lm_weight(lm_weight: float) -> None:
+    """Raise ValueError for a weight that is not a share."""
+    if not 0 <= lm_weight <= 1:
+        raise ValueError(f"lm_weight is {lm_weight}; expected a share from 0 to 1")
+
+
 def check_direction(direction: str) -> None:
     """Raise ValueError for a direction that is not one of `KL_DIRECTIONS`."""
     require_choice("kl_direction", direction, KL_DIRECTIONS)
@@ -221,6 +226,27 @@ def reference(
     if direction == "student_teacher":
         log_p, log_q = log_q, log_p
     return (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+
+
+def distillation_reference(
+    student_hidden: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    lm_weight: float,
+    bias: torch.Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    direction: str = "teacher_student",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The definition of `linear_distillation`, from whole logits, differentiable by autograd."""
+    s, t = student_hidden, teacher_hidden
+    kl = reference(s, t, weight, bias, scale=scale, softcap=softcap, direction=direction)
+    counted = targets >= 0
+    z = _capped(functional.linear(s[counted], weight, bias), scale, softcap)
+    lm = functional.cross_entropy(z, targets[counted], reduction="sum") / max(1, len(z))
+    return (1 - lm_weight) * kl + lm_weight * lm, kl, lm
 
 
 def _capped(z: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:

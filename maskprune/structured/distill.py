@@ -22,6 +22,7 @@ from maskprune.files import JsonObject
 from maskprune.hf.adapters import adapted_layers
 from maskprune.hf.families import layers_of, stock_model
 from maskprune.hf.head import head_of, last_hidden_states, tail_of
+from maskprune.ops.linear_kl import check_lm_weight
 from maskprune.structured.masks import Masks
 from maskprune.training.losses import hidden_distillation, hidden_kl
 
@@ -77,8 +78,10 @@ def distill(
         lm_weight: share w of the cross entropy of the next tokens, within every sequence.
 
     Raises:
-        ValueError: the model inside a PEFT model, whose adapters the teacher can't do without.
+        ValueError: the model inside a PEFT model, whose adapters the teacher can't do without; an
+            lm_weight outside 0 to 1.
     """
+    check_lm_weight(lm_weight)
     if not hasattr(model, "disable_adapter") and adapted_layers(model):
         raise ValueError(
             "the model inside a PEFT model was given, whose adapters can't be switched off for the "

@@ -73,17 +73,6 @@ def test_gradcheck(direction, scale, softcap):
     assert gradcheck(loss, s)
 
 
-def mixture(s, t, W, targets, weight, bias=None, **options):
-    """The definition of `linear_distillation`."""
-    kl = module.reference(s, t, W, bias, **options)
-    scale, softcap = options.get("scale", 1.0), options.get("softcap")
-    z = scale * functional.linear(s, W, bias)
-    z = (z / softcap).tanh() * softcap if softcap else z
-    counted = targets >= 0
-    lm = functional.cross_entropy(z[counted], targets[counted]) if counted.any() else 0 * z.sum()
-    return (1 - weight) * kl + weight * lm, kl, lm
-
-
 @pytest.mark.parametrize("n, d, vocabulary, chunk", SIZES)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_mixture_with_the_cross_entropy_equals_the_definition(n, d, vocabulary, chunk, direction):
@@ -96,7 +85,7 @@ def test_a_mixture_with_the_cross_entropy_equals_the_definition(n, d, vocabulary
         ):
             options = dict(scale=scale, softcap=softcap, direction=direction)
             results = []
-            for function in (mixture, ops.linear_distillation):
+            for function in (module.distillation_reference, ops.linear_distillation):
                 x = s.detach().clone().requires_grad_()
                 more = {"chunk": chunk} if function is ops.linear_distillation else {}
                 loss, kl, lm = function(x, t, W, targets, weight, bias, **options, **more)
@@ -112,7 +101,7 @@ def test_a_mixture_with_the_cross_entropy_equals_the_definition(n, d, vocabulary
     [
         (torch.zeros(4, dtype=torch.int64), 0.5, ValueError, r"are \(4,\); expected \(5,\)"),
         (torch.zeros(5), 0.5, TypeError, "are torch.float32; expected torch.int64"),
-        (torch.zeros(5, dtype=torch.int64), 1.5, ValueError, "lm_weight is 1.5; expected 0 to 1"),
+        (torch.zeros(5, dtype=torch.int64), 1.5, ValueError, "lm_weight is 1.5; expected a share"),
     ],
 )
 def test_bad_targets_are_named(targets, weight, error, message):
@@ -211,6 +200,19 @@ def test_backward_twice_gives_the_same_and_a_second_derivative_is_refused():
         torch.autograd.grad(loss, s, create_graph=True)
 
 
+@pytest.mark.parametrize("targets, lm_weight", [(None, 0.0), (torch.arange(3), 0.3)])
+def test_the_definition_of_the_mixture_is_the_text_book_s(targets, lm_weight):
+    s, t, W, b = tensors(3, 4, 5)
+    targets = torch.tensor([4, -1, 2], device=DEVICE) if targets is None else targets.to(DEVICE)
+    p, q = ((h @ W.T + b).softmax(-1) for h in (s, t))
+    kl = (q * (q / p).log()).sum(-1).mean()
+    counted = [i for i in range(3) if targets[i] >= 0]
+    lm = -torch.stack([p[i, targets[i]].log() for i in counted]).mean()
+    for function in (module.distillation_reference, ops.linear_distillation):
+        got = function(s, t, W, targets, lm_weight, b)
+        torch.testing.assert_close(got, ((1 - lm_weight) * kl + lm_weight * lm, kl, lm))
+
+
 class Largest(TorchDispatchMode):
     """The size of the largest tensor that an operation returned, in elements."""
 
@@ -232,6 +234,31 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits():
     with Largest() as seen:
         run(module.reference, s, t, W)
     assert seen.elements == 200 * 300
+
+
+class Chunks(TorchDispatchMode):
+    """The memory of all tensors of so many elements that operations returned; none is freed."""
+
+    def __init__(self, elements):
+        super().__init__()
+        self.elements, self.kept = elements, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, torch.Tensor) and x.numel() == self.elements:
+                self.kept[x.untyped_storage().data_ptr()] = x
+        return out
+
+
+@pytest.mark.parametrize("targets", [None, torch.arange(200) - 1])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_all_chunks_compute_in_the_same_memory(reverse, targets):
+    s, t, W, _ = tensors(200, 4, 300, torch.float32)
+    targets = targets if targets is None else targets.to(DEVICE)
+    with Chunks(10 * 300) as seen:
+        module._forward(s.detach(), t, W, None, 1.0, None, reverse, 10, True, targets, 0.3)
+    assert len(seen.kept) == 3
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,13 @@ def test_a_share_of_the_loss_is_the_cross_entropy_of_the_next_tokens(weight):
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("weight", [-0.1, 1.5, float("nan")])
+def test_a_weight_that_is_no_share_is_refused(weight):
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match="expected a share from 0 to 1"):
+        distill(model, attach_masks(model, fused=False), tokens(), lm_weight=weight)
+
+
 def test_the_teacher_is_the_dense_model_to_the_bit_and_state_is_restored():
     from peft import LoraConfig, get_peft_model
 

@@ -14,6 +14,7 @@ from maskprune.config import PruneConfig
 from maskprune.hf.equality import compare_logits
 from maskprune.structured.prune import prune
 from maskprune.structured.trainer import PruneTrainer
+from maskprune.training import losses
 
 QUICK = dict(
     method="maskprune",
@@ -58,6 +59,19 @@ def test_training_in_bfloat16_leaves_no_autocast_in_the_proof():
     result = run(autocast="bfloat16")
     difference = compare_logits(result.masked_model, result.model, tokens())
     assert difference.relative < 1e-4
+
+
+@pytest.mark.parametrize("autocast", ["none", "bfloat16"])
+def test_the_head_computes_in_the_type_of_the_run(autocast, monkeypatch):
+    seen, honest = [], losses.linear_distillation
+
+    def watched(*args, **kw):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return honest(*args, **kw)
+
+    monkeypatch.setattr(losses, "linear_distillation", watched)
+    run(autocast=autocast)
+    assert len(seen) == QUICK["steps"] and set(seen) == {autocast == "bfloat16"}
 
 
 @pytest.mark.parametrize("targets", ["q_proj,down_proj", "q_proj,lm_head"])
@@ -184,6 +198,8 @@ def test_the_trace_has_what_the_report_draws(tmp_path):
         (dict(steps=5), "steps is 5; expected at least 20"),
         (dict(sparsity=0.98), "is not reachable.*the most is"),
         (dict(lm_weight=1.5), "lm_weight is 1.5; expected a share from 0 to 1"),
+        (dict(lm_weight=float("nan")), "lm_weight is nan; expected at least 0"),
+        (dict(alpha=float("nan")), "alpha is nan; expected at least 0"),
         (dict(mode="magic"), "mode is 'magic'; expected one of minimax, scheduled"),
         (dict(steps=None, epochs=0.5), "are 5 steps of 2; the schedule needs at least 20"),
     ],

@@ -20,7 +20,7 @@ if sys.argv[1] == "yes":
     return_freed_memory()
 large = bytearray(24 * 2**20)  # after which glibc keeps blocks of up to that size on its heap
 del large
-parts = [bytearray(2**23) for _ in range(16)]
+parts = [bytearray(2**22) for _ in range(32)]
 before = resident()
 del parts[::2]
 print(before - resident())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from maskprune.config import SparsifyConfig
 from maskprune.two_four.one_shot import one_shot_masks
 from maskprune.two_four.patterns import apply_masks, is_two_four, oriented, prunable
 from maskprune.two_four.sparsify import SparsifyTrainer, sparsify
+
+learning = sys.modules[SparsifyTrainer.__module__]
 
 QUICK = dict(
     steps=24,
@@ -35,6 +38,19 @@ def run(tmp_path=None, family="llama", resume=False, **changes):
     config = SparsifyConfig(**(QUICK | changes))
     model = tiny_model(family)
     return sparsify(model, None, data(), config, run_dir=tmp_path, resume=resume, quiet=True)
+
+
+@pytest.mark.parametrize("autocast", ["none", "bfloat16"])
+def test_the_head_computes_in_the_type_of_the_run(autocast, monkeypatch):
+    seen, honest = [], learning.hidden_cross_entropy
+
+    def watched(*args):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return honest(*args)
+
+    monkeypatch.setattr(learning, "hidden_cross_entropy", watched)
+    run(autocast=autocast)
+    assert len(seen) == QUICK["steps"] and set(seen) == {autocast == "bfloat16"}
 
 
 def test_a_float16_model_takes_one_shot_masks_but_learns_none():
