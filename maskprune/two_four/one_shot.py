@@ -97,11 +97,8 @@ def one_shot_masks(
             pruned = own if device is None else {}
             with walk.turn(index, updated), _restored(pruned, keep=update):
                 read = partial(walk.run, index, replace=False)
-                groups = _statistics(own, read, blocks, method == "sparsegpt")
-                for names, total in groups:
-                    found = _prune(method, {n: own[n] for n in names}, total, len(blocks), update)
-                    masks |= {name: mask.to(walk.home) for name, mask in found.items()}
-                del groups, total
+                found = _prune_block(method, own, read, blocks, update)
+                masks |= {name: mask.to(walk.home) for name, mask in found.items()}
                 # Nothing reads the last block's output.
                 if layer is not layers[-1]:
                     walk.run(index, replace=True)
@@ -119,6 +116,20 @@ def _require(method: str, blocks: torch.Tensor | None, update: bool) -> None:
         raise ValueError(
             f"{method}: blocks are {given}; expected token ids, torch.int64 (n, T) with n, T >= 1"
         )
+
+
+def _prune_block(
+    method: str,
+    linears: dict[str, Linear],
+    run: Callable[[], None],
+    blocks: torch.Tensor,
+    update: bool,
+) -> dict[str, torch.Tensor]:
+    """Prune the linears of a block that `run` runs, in place; returns their masks."""
+    masks: dict[str, torch.Tensor] = {}
+    for names, total in _statistics(linears, run, blocks, method == "sparsegpt"):
+        masks |= _prune(method, {n: linears[n] for n in names}, total, len(blocks), update)
+    return masks
 
 
 def _prune(
