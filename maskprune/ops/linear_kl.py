@@ -127,7 +127,8 @@ def _run(
     """The loss, and (2,) KL and CE."""
     scale, softcap, direction, chunk = options
     s, t = student_hidden, teacher_hidden.detach()
-    _check(s, t, weight, bias, softcap, direction, chunk)
+    name = "linear_kl" if targets is None else "linear_distillation"
+    _check(name, s, t, weight, bias, softcap, direction, chunk)
     kind = s.device.type
     if torch.is_autocast_enabled(kind) and s.dtype != torch.float64:
         lower = torch.get_autocast_dtype(kind)
@@ -158,6 +159,7 @@ def rows_at_once(vocabulary: int, hidden: torch.Tensor) -> int:
 
 
 def _check(
+    name: str,
     s: torch.Tensor,
     t: torch.Tensor,
     weight: torch.Tensor,
@@ -168,32 +170,32 @@ def _check(
 ) -> None:
     if s.dim() == 0 or s.shape != t.shape or weight.dim() != 2 or s.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"linear_kl: student_hidden is {tuple(s.shape)}, teacher_hidden {tuple(t.shape)}, "
+            f"{name}: student_hidden is {tuple(s.shape)}, teacher_hidden {tuple(t.shape)}, "
             f"weight {tuple(weight.shape)}; expected (..., d), (..., d), (V, d)"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(
-            f"linear_kl: bias is {tuple(bias.shape)}; expected ({weight.shape[0]},), as weight has"
+            f"{name}: bias is {tuple(bias.shape)}; expected ({weight.shape[0]},), as weight has"
         )
     if not s.numel():
-        raise ValueError(f"linear_kl: student_hidden is {tuple(s.shape)}; expected some tokens")
+        raise ValueError(f"{name}: student_hidden is {tuple(s.shape)}; expected some tokens")
     # Autocast makes one dtype of several.
     same = torch.is_autocast_enabled(s.device.type) or s.dtype == t.dtype == weight.dtype
     if not s.is_floating_point() or not same or (bias is not None and bias.dtype != weight.dtype):
         raise TypeError(
-            f"linear_kl: student_hidden is {s.dtype}, teacher_hidden {t.dtype}, weight "
+            f"{name}: student_hidden is {s.dtype}, teacher_hidden {t.dtype}, weight "
             f"{weight.dtype}, bias {bias.dtype if bias is not None else None}; expected one "
             "floating dtype; convert with .to()"
         )
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError(
-            "linear_kl: the head requires a gradient, which this makes for the hidden states only; "
+            f"{name}: the head requires a gradient, which this makes for the hidden states only; "
             "pass weight.detach() of a frozen head, or compute the logits"
         )
     if softcap is not None and not softcap > 0:
-        raise ValueError(f"linear_kl: softcap is {softcap}; expected more than 0, or None")
+        raise ValueError(f"{name}: softcap is {softcap}; expected more than 0, or None")
     if chunk is not None and chunk < 1:
-        raise ValueError(f"linear_kl: chunk is {chunk}; expected at least 1 token, or None")
+        raise ValueError(f"{name}: chunk is {chunk}; expected at least 1 token, or None")
     check_direction(direction)
 
 

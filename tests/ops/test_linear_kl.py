@@ -283,5 +283,11 @@ def test_bad_arguments_are_named(changes, error, message):
     good = dict(
         student_hidden=torch.zeros(5, 3), teacher_hidden=torch.zeros(5, 3), weight=torch.zeros(7, 3)
     )
-    with pytest.raises(error, match=message):
-        ops.linear_kl(**(good | changes))
+    given = good | changes
+    given = good | changes
+    targets = torch.zeros(len(given["student_hidden"]), dtype=torch.int64)
+    mixture = {"targets": targets, "lm_weight": 0.3}
+    for name, further in (("linear_kl", {}), ("linear_distillation", mixture)):
+        own = "" if "kl_direction" in message else f"{name}: .*"
+        with pytest.raises(error, match=own + message):
+            getattr(ops, name)(**given, **further)
