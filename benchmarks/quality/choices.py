@@ -17,12 +17,13 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from torch import nn
 
 from benchmarks.harness import Parser, environment, fix_threads, write_rows
 from benchmarks.harness.rows import MEASURED
@@ -70,25 +71,29 @@ FOUND = (
 Values = dict[str, torch.Tensor]
 
 
-class SharedScale(torch.optim.Optimizer):
+class SharedScale:
     """Momentum over the gradient divided by its root mean square over the whole tensor."""
 
-    def __init__(self, parameters: Any, lr: float, betas: tuple[float, float] = (0.9, 0.999)):
-        super().__init__(parameters, {"lr": lr, "betas": betas})
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
+        self.param_groups: list[dict[str, Any]] = [{"params": list(parameters), "lr": lr}]
+        self.means = [torch.zeros_like(p) for p in self.param_groups[0]["params"]]
+        self.squares = [0.0 for _ in self.means]
+        self.steps = 0
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            b1, b2 = group["betas"]
-            for p in group["params"]:
-                s = self.state[p]
-                if not s:
-                    s |= {"mean": torch.zeros_like(p), "square": p.new_zeros(()), "t": 0}
-                s["t"] += 1
-                s["mean"].lerp_(p.grad, 1 - b1)
-                s["square"].lerp_(p.grad.square().mean(), 1 - b2)
-                root = (s["square"] / (1 - b2 ** s["t"])).sqrt()
-                p.sub_(group["lr"] / (1 - b1 ** s["t"]) * s["mean"] / root.clamp(min=1e-12))
+    def step(self) -> None:
+        b1, b2 = 0.9, 0.999
+        self.steps += 1
+        rate = self.param_groups[0]["lr"] / (1 - b1**self.steps)
+        for i, p in enumerate(self.param_groups[0]["params"]):
+            self.means[i].lerp_(p.grad, 1 - b1)
+            self.squares[i] += (1 - b2) * (float(p.grad.square().mean()) - self.squares[i])
+            root = (self.squares[i] / (1 - b2**self.steps)) ** 0.5
+            p.sub_(rate * self.means[i] / max(root, 1e-12))
+
+    def zero_grad(self) -> None:
+        for p in self.param_groups[0]["params"]:
+            p.grad = None
 
 
 def values(masks: Masks) -> Values:
@@ -109,8 +114,11 @@ def learn(
     warm_start("taylor", model, masks, budget, blocks[:RANKED])
     reach = 0.7
     solver = Minimax(masks, budget, steps, reach=reach)
-    make = SharedScale if optimizer_name == "shared" else torch.optim.Adam
-    optimizer = make(masks.parameters(), lr=lr)
+    optimizer: SharedScale | torch.optim.Adam
+    if optimizer_name == "shared":
+        optimizer = SharedScale(masks.parameters(), lr)
+    else:
+        optimizer = torch.optim.Adam(masks.parameters(), lr)
     generator = torch.Generator().manual_seed(seed)
     order = block_order(len(blocks), BATCH, steps, seed, seq_len=WINDOW)
     for step, rows in enumerate(order):
@@ -118,7 +126,9 @@ def learn(
         distill(model, masks, blocks[rows], alpha=0.0).total.backward()
         if shuffled:
             for m in masks.parameters():
-                m.grad = m.grad.gather(1, torch.rand(m.shape, generator=generator).argsort(dim=1))
+                assert m.grad is not None
+                order_of_row = torch.rand(m.shape, generator=generator).argsort(dim=1)
+                m.grad = m.grad.gather(1, order_of_row)
         optimizer.step()
         optimizer.zero_grad()
         solver.step()
@@ -141,6 +151,7 @@ def swap(model: Any, masks: Masks, budget: Budget, blocks: torch.Tensor) -> int:
         masks.zero_grad()
         before = sum(loss(model, masks, part, len(blocks)) for part in blocks.split(16))
         m, g = masks.ffn.detach().clone(), masks.ffn.grad
+        assert g is not None
         worth = (m - 0.5) * fisher - g
         least = worth.masked_fill(m == 0, torch.inf).topk(k, dim=1, largest=False)
         most = worth.masked_fill(m == 1, -torch.inf).topk(k, dim=1)

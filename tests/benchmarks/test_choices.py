@@ -1,0 +1,64 @@
+"""The benchmark of choices: its searches do what their names say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import randomise, tiny_model, tokens
+
+from benchmarks.quality import choices
+from maskprune.config import PruneConfig
+from maskprune.structured.budget import Budget
+from maskprune.structured.masks import attach_masks
+from maskprune.structured.saliency import one_shot
+
+
+def start(seed=0):
+    model = tiny_model("llama", seed).requires_grad_(False)
+    config = PruneConfig(**choices.SETTINGS, method="taylor", steps=20)
+    masks = attach_masks(model, config.head_unit)
+    return model, masks, Budget.of(model, config), tokens(32, 16, seed)
+
+
+def mean_loss(model, masks, blocks):
+    with torch.no_grad():
+        return choices.loss(model, masks, blocks, len(blocks), gradient=False)
+
+
+def test_the_first_step_moves_all_masks_by_their_gradient_in_one_scale():
+    p = torch.nn.Parameter(torch.ones(2, 3))
+    p.grad = torch.tensor([[1.0, 2.0, 0.0], [0.0, -4.0, 0.0]])
+    choices.SharedScale([p], 0.5).step()
+    assert torch.allclose(p, 1 - 0.5 * p.grad / p.grad.square().mean().sqrt())
+
+
+def test_swaps_lower_the_loss_of_the_text_and_keep_the_widths():
+    model, masks, budget, blocks = start()
+    one_shot("taylor", model, masks, budget, blocks)
+    before, ranked = mean_loss(model, masks, blocks), choices.values(masks)
+    reads = choices.swap(model, masks, budget, blocks)
+    after = choices.values(masks)
+    assert reads > 2 and mean_loss(model, masks, blocks) < before
+    assert torch.equal(after["ffn"].sum(1), ranked["ffn"].sum(1))
+    assert choices.moved(after, ranked)["moved_ffn"] > 0
+
+
+@pytest.mark.parametrize("name", choices.LEARNED)
+def test_learned_masks_are_uniform_and_leave_the_weights_alone(name, monkeypatch):
+    model, masks, budget, blocks = start()
+    monkeypatch.setattr(choices, "WINDOW", 16)
+    weights = [p for p in model.parameters() if not p.requires_grad]
+    before = [p.clone() for p in weights]
+    choices.learn(model, masks, budget, blocks, name, 40, seed=0)
+    gone = (masks.ffn == 0).sum(1)
+    assert (gone == budget.splits[0].ffn).all()
+    assert all(map(torch.equal, weights, before))
+
+
+def test_a_choice_is_put_back_with_its_values_or_as_0_and_1():
+    _, masks, *_ = start()
+    chosen = choices.values(randomise(masks, 1, 5))
+    choices.put(masks, chosen, binary=False)
+    assert torch.equal(masks.ffn, chosen["ffn"])
+    choices.put(masks, chosen)
+    assert torch.equal(masks.ffn, (chosen["ffn"] != 0).float())
