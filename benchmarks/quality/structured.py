@@ -10,8 +10,8 @@ that MaskPrune starts from and for none. `maskprune-shuffled` is MaskPrune whose
 permuted within each row: what it finds owes nothing to which gradient belongs to which unit.
 `maskprune-cold` starts with all masks at 1, and `paper` is README's recipe of the paper's own run,
 without compensation and with adapters on queries and values alone.
-`--model small-llama` takes the model of `benchmarks.quality.small_llama`. Held-out perplexity is
-on text that no arm read.
+`--model small-llama` and `gemma-3-270m` take what `benchmarks.quality.small_llama` and `.gemma`
+make. Held-out perplexity is on text that no arm read.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from transformers import TrainerCallback
 
 from benchmarks.harness import Parser, environment, fix_threads, write_rows
 from benchmarks.harness.rows import MEASURED
-from benchmarks.quality import small_llama
+from benchmarks.quality import gemma, small_llama
 from maskprune.commands.evaluate import perplexity
 from maskprune.config import PruneConfig
 from maskprune.hf.demo_model import MODEL_NAME, demo_text
@@ -81,7 +81,8 @@ class ShuffleMaskGradients(TrainerCallback):
 
 def load(name: str) -> tuple[Any, Any]:
     """(model, tokenizer) in float32."""
-    return load_model(small_llama.folder() if name == "small-llama" else name, dtype="float32")
+    made = {"small-llama": small_llama.folder(), gemma.NAME: gemma.folder()}
+    return load_model(made.get(name, name), dtype="float32")
 
 
 def settings(args: Any, arm: str, seed: int, shape: Shape | None, dense: Shape) -> PruneConfig:
@@ -193,7 +194,7 @@ def pair(text: str) -> tuple[str, Any]:
 
 def main() -> int:
     parser = Parser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default=MODEL_NAME, help="MODEL, or small-llama")
+    parser.add_argument("--model", default=MODEL_NAME, help="MODEL, small-llama, or gemma-3-270m")
     parser.add_argument("--sparsity", type=float, default=0.2)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--batch-size", type=int, default=2)
