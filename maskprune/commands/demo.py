@@ -167,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`python -m maskprune.commands.demo`."""
     parser = argparse.ArgumentParser(prog="python -m maskprune.commands.demo", description=__doc__)
     parser.add_argument("-o", "--out", type=Path, default=Path("demo-out"))
-    parser.add_argument("--steps", type=int, default=100, help="training steps (default 100)")
+    parser.add_argument("--steps", type=int, default=200, help="training steps (default 200)")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(argv)
     return_freed_memory()
