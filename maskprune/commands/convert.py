@@ -108,7 +108,7 @@ def convert(
         try:
             found = tensor_types(made, kind or "")
         except ValueError as error:
-            if "GGMLQuantizationType" not in str(error):
+            if quantiser is None or "GGMLQuantizationType" not in str(error):
                 raise
             raise RuntimeError(OWN_TYPE.format(quantiser, kind, error)) from None
         sync(made)

@@ -194,7 +194,9 @@ def taylor(
         if kind == "head":
             salience = salience.unflatten(-1, (shape.heads, shape.head_dim)).sum(-1)
         if per_sequence:
-            salience = salience.sum(1)
+            # OPT's FFN sees all tokens of a batch in one axis.
+            sequences = salience.unflatten(0, (-1, blocks.shape[1])) if x.dim() == 2 else salience
+            salience = sequences.sum(1)
         if kind == "head" and per_sequence and masks.head_unit == "kv_group":
             group = shape.heads // shape.kv_heads
             of_group = salience.unflatten(-1, (shape.kv_heads, group)).sum(-1)
