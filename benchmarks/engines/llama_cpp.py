@@ -22,8 +22,7 @@ RACES = {
     "Q8_0": ("dense", "pruned", "uniform 50 %"),
     "Q4_K_M": ("dense", "pruned", "uniform 50 %"),
 }
-# The wheel's quantiser gives Q5_K of rows that 256 does not divide a type of its own.
-QUALITY_TYPES = ("Q8_0", "Q6_K", "Q5_1", "Q4_K_M")
+QUALITY_TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M")
 
 
 def small(python: Path, described: Mapping[str, Described], work: Path, threads: int) -> list[Row]:
@@ -86,20 +85,18 @@ def quality(
         for name in ("dense", "pruned"):
             path, error = _converted(python, described[name], work, kind)
             if path is None:
-                print(f"{NAME}: no {kind} of {name}: {error}", file=sys.stderr)
-            else:
-                paths[name] = path
+                raise RuntimeError(f"no {kind} of {name}: {error}")
+            paths[name] = path
         tasks = [
             {"task": "perplexity", "name": name, "arguments": asked}
             for name, path in paths.items()
             if (asked := {"path": str(path), "windows": str(windows), "threads": threads})
         ]
-        if "dense" in paths:
-            said = answers(python, SCRIPT, tasks, TIMEOUT)
-            for row in _raced(python, paths, described, kind, threads):
-                if "error" in said[row["model"]]:
-                    raise RuntimeError(f"{row['model']} {kind}: {said[row['model']]['error']}")
-                yield row | {"what": "quality"} | said[row["model"]]["done"]
+        said = answers(python, SCRIPT, tasks, TIMEOUT)
+        for row in _raced(python, paths, described, kind, threads):
+            if "error" in said[row["model"]]:
+                raise RuntimeError(f"{row['model']} {kind}: {said[row['model']]['error']}")
+            yield row | {"what": "quality"} | said[row["model"]]["done"]
         for path in paths.values():
             path.unlink(missing_ok=True)
 
