@@ -23,6 +23,28 @@ def require_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
 
 
+def require_choices(config: object, **choices: tuple[str, ...]) -> None:
+    """`require_choice` of several attributes of `config`."""
+    for name, allowed in choices.items():
+        require_choice(name, getattr(config, name), allowed)
+
+
+def require_least(config: object, **least: int) -> None:
+    """Raise ValueError where an attribute is below its bound, or NaN; None passes."""
+    for name, low in least.items():
+        value = getattr(config, name)
+        if value is not None and not value >= low:
+            raise ValueError(f"{name} is {value}; expected at least {low}")
+
+
+def require_positive(config: object, *names: str) -> None:
+    """Raise ValueError where an attribute is not above 0; None passes."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} is {value}; expected a number above 0")
+
+
 def require_reach(reach: float) -> None:
     """Raise ValueError where `reach` is not a share of a run that leaves enough steps after it."""
     if not 0 < reach <= LARGEST_REACH:

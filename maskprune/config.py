@@ -16,7 +16,9 @@ from maskprune.choices import (
     ONE_SHOT,
     TWO_FOUR_ONE_SHOT,
     WARM_STARTS,
-    require_choice,
+    require_choices,
+    require_least,
+    require_positive,
     require_reach,
 )
 
@@ -25,25 +27,6 @@ T = TypeVar("T")
 
 def _setting(default: T, text: str) -> T:
     return field(default=default, metadata={"help": text})
-
-
-def _require_choices(config: object, **choices: tuple[str, ...]) -> None:
-    for name, allowed in choices.items():
-        require_choice(name, getattr(config, name), allowed)
-
-
-def _require_least(config: object, **least: int) -> None:
-    for name, low in least.items():
-        value = getattr(config, name)
-        if value is not None and not value >= low:
-            raise ValueError(f"{name} is {value}; expected at least {low}")
-
-
-def _require_positive(config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} is {value}; expected a number above 0")
 
 
 def _require_whole_micro_batches(config: RunConfig | PlanConfig) -> None:
@@ -112,10 +95,8 @@ class RunConfig:
     logging_steps: int = _setting(10, "Steps between rows of the trace.")
 
     def __post_init__(self) -> None:
-        _require_choices(
-            self, autocast=("auto", "bfloat16", "none"), shard=("auto", "none", "full")
-        )
-        _require_least(
+        require_choices(self, autocast=("auto", "bfloat16", "none"), shard=("auto", "none", "full"))
+        require_least(
             self,
             steps=LEAST_STEPS,
             batch_size=1,
@@ -126,7 +107,7 @@ class RunConfig:
             save_steps=1,
             logging_steps=1,
         )
-        _require_positive(self, "epochs")
+        require_positive(self, "epochs")
         if self.optimizer_bits not in (8, 32):
             raise ValueError(f"optimizer_bits is {self.optimizer_bits}; expected 8 or 32")
         _require_whole_micro_batches(self)
@@ -205,14 +186,14 @@ class PruneConfig(RunConfig, BudgetConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_choices(
+        require_choices(
             self,
             method=("auto", "maskprune", *ONE_SHOT),
             mode=MODES,
             warm_start=WARM_STARTS,
             kl_direction=KL_DIRECTIONS,
         )
-        _require_least(
+        require_least(
             self,
             warm_start_blocks=1,
             lora_r=1,
@@ -224,7 +205,7 @@ class PruneConfig(RunConfig, BudgetConfig):
             lm_weight=0,
             warmup=0,
         )
-        _require_positive(self, "learning_rate", "mask_lr", "eta1", "max_grad_norm")
+        require_positive(self, "learning_rate", "mask_lr", "eta1", "max_grad_norm")
         if self.reach is not None:
             require_reach(self.reach)
         if self.lm_weight > 1:
@@ -279,7 +260,7 @@ class SparsifyConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_choices(
+        require_choices(
             self,
             method=("maskllm", *TWO_FOUR_ONE_SHOT),
             loss=("lm", "kl"),
@@ -302,14 +283,14 @@ class SparsifyConfig(RunConfig):
                 f"shard is full, which spreads what is trained, and {self.method} trains nothing; "
                 "use --shard none: the text is shared out among the processes anyway"
             )
-        _require_least(
+        require_least(
             self,
             calibration_blocks=1,
             prior_strength=0,
             weight_decay=0,
             regulariser_weight=0,
         )
-        _require_positive(
+        require_positive(
             self,
             *("learning_rate", "kappa_start", "kappa_end", "tau_start", "tau_end", "logit_std"),
         )
@@ -341,7 +322,7 @@ class EvalConfig:
     def __post_init__(self) -> None:
         if not self.ppl and not self.tasks:
             raise ValueError("nothing to evaluate; give --ppl FILE, --tasks NAMES, or both")
-        _require_least(self, seq_len=2, batch_size=1, limit=1)
+        require_least(self, seq_len=2, batch_size=1, limit=1)
 
 
 @dataclass(frozen=True)
@@ -404,9 +385,9 @@ class PlanConfig(BudgetConfig, _Planned):
 
     def __post_init__(self) -> None:
         names = ("gpus", "batch_size", "gradient_accumulation", "seq_len", "lora_r", "output_r")
-        _require_choices(self, shard=("auto", "none", "full"))
-        _require_least(self, **dict.fromkeys(names, 1))
-        _require_positive(self, "gpu_memory")
+        require_choices(self, shard=("auto", "none", "full"))
+        require_least(self, **dict.fromkeys(names, 1))
+        require_positive(self, "gpu_memory")
         _require_whole_micro_batches(self)
         if self.two_four and self.gpus is None:
             raise ValueError("--two-four plans memory only; give --gpus N too")
