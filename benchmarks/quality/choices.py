@@ -28,6 +28,7 @@ from torch import nn
 from benchmarks.harness import Parser, environment, fix_threads, write_rows
 from benchmarks.harness.rows import MEASURED
 from benchmarks.quality import small_llama
+from benchmarks.quality.structured import shuffle_gradients
 from maskprune.commands.evaluate import perplexity
 from maskprune.config import PruneConfig
 from maskprune.hf.demo_model import demo_text
@@ -125,10 +126,7 @@ def learn(
         optimizer.param_groups[0]["lr"] = lr * min(1.0, (1 - step / steps) / (1 - reach))
         distill(model, masks, blocks[rows], alpha=0.0).total.backward()
         if shuffled:
-            for m in masks.parameters():
-                assert m.grad is not None
-                order_of_row = torch.rand(m.shape, generator=generator).argsort(dim=1)
-                m.grad = m.grad.gather(1, order_of_row)
+            shuffle_gradients(masks, generator)
         optimizer.step()
         optimizer.zero_grad()
         solver.step()

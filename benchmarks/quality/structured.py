@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import TrainerCallback
 
 from benchmarks.harness import Parser, environment, fix_threads, write_rows
@@ -64,6 +65,14 @@ FOUND = (
 )  # fmt: skip
 
 
+def shuffle_gradients(masks: nn.Module, generator: torch.Generator) -> None:
+    """Permute the gradients of the masks within each row."""
+    for mask in masks.parameters():
+        if mask.grad is not None and mask.numel():
+            order = torch.rand(mask.shape, generator=generator).argsort(dim=1)
+            mask.grad.copy_(mask.grad.gather(1, order))
+
+
 class ShuffleMaskGradients(TrainerCallback):
     """Permutes each row's mask gradients before the optimizer sees them."""
 
@@ -73,10 +82,7 @@ class ShuffleMaskGradients(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         modules = dict(kw["model"].named_modules())
         masks = next(m for name, m in modules.items() if name.endswith("maskprune"))
-        for mask in masks.parameters():
-            if mask.grad is not None and mask.numel():
-                order = torch.rand(mask.shape, generator=self.generator).argsort(dim=1)
-                mask.grad.copy_(mask.grad.gather(1, order))
+        shuffle_gradients(masks, self.generator)
 
 
 def load(name: str) -> tuple[Any, Any]:

@@ -284,7 +284,6 @@ def test_bad_arguments_are_named(changes, error, message):
         student_hidden=torch.zeros(5, 3), teacher_hidden=torch.zeros(5, 3), weight=torch.zeros(7, 3)
     )
     given = good | changes
-    given = good | changes
     targets = torch.zeros(len(given["student_hidden"]), dtype=torch.int64)
     mixture = {"targets": targets, "lm_weight": 0.3}
     for name, further in (("linear_kl", {}), ("linear_distillation", mixture)):
