@@ -4,7 +4,8 @@
 
 On the small Llama of `benchmarks.quality.small_llama`, half of the heads and FFN units of every
 layer gone. Choices: rankings at once (`taylor`, `wanda-sp`, `random`); `learned`, MaskPrune's masks
-alone, all weights frozen, trained by Adam as `prune --method maskprune` does; `learned-shared`, the
+alone, all weights frozen, trained by Adam (`prune --method maskprune` takes a lower rate and a
+shorter ramp by default, and lets masks rest once the shape is final); `learned-shared`, the
 same with one scale for all masks of a kind in place of Adam's own for every mask; both also with
 their gradients shuffled within each row; and `swapped`, Taylor's FFN units exchanged for better
 ones as long as the loss falls. Held-out perplexity of each with nothing else done, with its masks'
@@ -13,6 +14,7 @@ own values, after the compensation, and after training what stays as every other
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import tempfile
@@ -28,11 +30,10 @@ from torch import nn
 from benchmarks.harness import Parser, environment, fix_threads, write_rows
 from benchmarks.harness.rows import MEASURED
 from benchmarks.quality import small_llama
-from benchmarks.quality.structured import shuffle_gradients
+from benchmarks.quality.structured import load, shuffle_gradients
 from maskprune.commands.evaluate import perplexity
 from maskprune.config import PruneConfig
 from maskprune.hf.demo_model import demo_text
-from maskprune.hf.load import load_model
 from maskprune.structured import prune as pruning
 from maskprune.structured.budget import Budget
 from maskprune.structured.distill import distill
@@ -175,6 +176,19 @@ def loss(model: Any, masks: Masks, part: torch.Tensor, n: int, gradient: bool = 
     return float(total.detach())
 
 
+@contextlib.contextmanager
+def given(chosen: Values) -> Iterator[None]:
+    """Within the context `prune` takes this choice where it would take a ranking's."""
+
+    def choose(kind: str, model: Any, masks: Masks, *rest: Any, **kw: Any) -> Any:
+        split = one_shot(kind, model, masks, *rest, **kw)
+        put(masks, chosen)
+        return split
+
+    with mock.patch.object(pruning, "one_shot", choose):
+        yield
+
+
 def moved(chosen: Values, ranked: Values) -> dict[str, float]:
     """Share of the pruned units that the ranking keeps, per kind."""
     return {
@@ -185,7 +199,7 @@ def moved(chosen: Values, ranked: Values) -> dict[str, float]:
 def one_choice(name: str, seed: int, steps: int, search_steps: int) -> Iterator[tuple[str, Any]]:
     """The fields of a row."""
     train, held_out = demo_text()
-    model, tokenizer = load_model(small_llama.folder(), dtype="float32")
+    model, tokenizer = load(small_llama.NAME)
     blocks = token_blocks(train, tokenizer, WINDOW, seed=seed)
     config = PruneConfig(**SETTINGS, method="taylor", steps=steps, seed=seed)
 
@@ -217,19 +231,14 @@ def one_choice(name: str, seed: int, steps: int, search_steps: int) -> Iterator[
         put(masks, chosen, binary=False)
         yield "ppl_own_values", measured(model)
 
-    def given(kind: str, model: Any, masks: Masks, *rest: Any, **kw: Any) -> Any:
-        split = one_shot(kind, model, masks, *rest, **kw)
-        put(masks, chosen)
-        return split
-
     # A run whose weights do not move shows the compensation alone.
     for field, changes in (
         ("ppl_compensated", {"steps": 20, "learning_rate": 1e-12}),
         ("ppl_trained", {}),
     ):
-        model, _ = load_model(small_llama.folder(), dtype="float32")
+        model, _ = load(small_llama.NAME)
         of_run = PruneConfig(**(vars(config) | changes))
-        with mock.patch.object(pruning, "one_shot", given), tempfile.TemporaryDirectory() as run:
+        with given(chosen), tempfile.TemporaryDirectory() as run:
             pruned = pruning.prune(model, tokenizer, blocks, of_run, run_dir=Path(run), quiet=True)
         yield field, measured(pruned.model)
 
@@ -246,7 +255,7 @@ def main() -> int:
         for name in args.choices:
             row: dict[str, Any] = {
                 "op": "choice",
-                "model": "small-llama",
+                "model": small_llama.NAME,
                 "provider": name,
                 "seed": seed,
                 "steps": args.steps,

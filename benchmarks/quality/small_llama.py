@@ -25,13 +25,14 @@ from maskprune.hf.demo_model import cache_dir, demo_text
 from maskprune.training.data import block_order, token_blocks
 from maskprune.training.documents import documents
 
+NAME = "small-llama"
 VOCABULARY = 2048
 EOS = "<|endoftext|>"
 
 
 def folder() -> Path:
     """Where the other benchmarks look for the model."""
-    return cache_dir() / "small-llama"
+    return cache_dir() / NAME
 
 
 def train_tokenizer(text: Path) -> PreTrainedTokenizerFast:

@@ -87,7 +87,10 @@ class ShuffleMaskGradients(TrainerCallback):
 
 def load(name: str) -> tuple[Any, Any]:
     """(model, tokenizer) in float32."""
-    made = {"small-llama": small_llama.folder(), gemma.NAME: gemma.folder()}
+    for maker in (small_llama, gemma):
+        if name == maker.NAME and not maker.folder().is_dir():
+            raise SystemExit(f"{name} is not made yet: python -m {maker.__name__}")
+    made = {maker.NAME: maker.folder() for maker in (small_llama, gemma)}
     return load_model(made.get(name, name), dtype="float32")
 
 

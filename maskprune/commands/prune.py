@@ -121,7 +121,10 @@ def _run(
             details={
                 "shape": vars(result.shape),
                 "residuals": result.residuals,
-                "trace": [{k: r[k] for k in ("step", "R", "y", "z")} for r in result.trace],
+                "trace": [
+                    {k: r[k] for k in ("step", "loss", "kl", "lm", "R", "y", "z")}
+                    for r in result.trace
+                ],
             },
             card_only={
                 "sparsity": result.budget.sparsity,

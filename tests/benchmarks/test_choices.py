@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from models import randomise, tiny_model, tokens
 
@@ -10,6 +9,7 @@ from benchmarks.quality import choices
 from maskprune.config import PruneConfig
 from maskprune.structured.budget import Budget
 from maskprune.structured.masks import attach_masks
+from maskprune.structured.prune import prune
 from maskprune.structured.saliency import one_shot
 
 
@@ -43,16 +43,32 @@ def test_swaps_lower_the_loss_of_the_text_and_keep_the_widths():
     assert choices.moved(after, ranked)["moved_ffn"] > 0
 
 
-@pytest.mark.parametrize("name", choices.LEARNED)
-def test_learned_masks_are_uniform_and_leave_the_weights_alone(name, monkeypatch):
-    model, masks, budget, blocks = start()
+def test_learned_masks_are_uniform_and_each_way_of_learning_ends_elsewhere(monkeypatch):
     monkeypatch.setattr(choices, "WINDOW", 16)
-    weights = [p for p in model.parameters() if not p.requires_grad]
-    before = [p.clone() for p in weights]
-    choices.learn(model, masks, budget, blocks, name, 40, seed=0)
-    gone = (masks.ffn == 0).sum(1)
-    assert (gone == budget.splits[0].ffn).all()
-    assert all(map(torch.equal, weights, before))
+    found = {}
+    for name in choices.LEARNED:
+        model, masks, budget, blocks = start()
+        choices.learn(model, masks, budget, blocks, name, 40, seed=0)
+        assert ((masks.ffn == 0).sum(1) == budget.splits[0].ffn).all()
+        assert ((masks.head == 0).sum(1) == budget.splits[0].head).all()
+        found[name] = choices.values(masks)
+    names = list(found)
+    for i, name in enumerate(names):
+        for other in names[i + 1 :]:
+            assert not torch.equal(found[name]["ffn"], found[other]["ffn"]), (name, other)
+
+
+def test_a_given_choice_is_what_is_pruned(tmp_path):
+    blocks = tokens(40, 16, 0)
+    config = PruneConfig(head_sparsity=0.5, ffn_sparsity=0.5, steps=20, batch_size=2, seq_len=16)
+    _, masks, budget, _ = start()
+    split = budget.splits[0]
+    chosen = choices.values(randomise(masks, split.head, split.ffn, seed=3))
+    model = tiny_model("llama")
+    with choices.given(chosen):
+        result = prune(model, None, blocks, config, run_dir=tmp_path / "run", quiet=True)
+    for kind, value in chosen.items():
+        assert torch.equal(getattr(result.masks, kind) != 0, value != 0), kind
 
 
 def test_a_choice_is_put_back_with_its_values_or_as_0_and_1():

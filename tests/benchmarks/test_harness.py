@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -187,3 +188,15 @@ def test_the_table_shows_a_missing_value_as_a_dash():
         "1.235",
         "-",
     ]
+
+
+def test_every_row_that_a_page_names_is_committed():
+    ids = {row["id"] for path in ROOT.glob("benchmarks/results/*.jsonl") for row in read_rows(path)}
+    pages = [ROOT / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/*.md")]
+    named = {
+        (page.name, found)
+        for page in pages
+        for found in re.findall(r"\b[0-9a-f]{8}\b", page.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 100
+    assert not {(page, name) for page, name in named if name not in ids}
