@@ -30,6 +30,7 @@ from transformers import TrainerCallback
 from benchmarks.harness import Parser, environment, fix_threads, write_rows
 from benchmarks.harness.rows import MEASURED
 from benchmarks.quality import gemma, small_llama
+from benchmarks.quality.zero_shot import REPORTED, accuracies
 from maskprune.commands.evaluate import perplexity
 from maskprune.config import PruneConfig
 from maskprune.hf.demo_model import MODEL_NAME, demo_text
@@ -61,7 +62,7 @@ OWN = {"maskprune-cold": COLD, "paper": PAPER}
 FOUND = (
     *MEASURED, "sparsity", "heads", "kv_heads", "ffn", "last_kl", "locked_at", "residual",
     "train_seconds", "ppl_held_out", "ppl_text", "ppl_dtype", "kl_at_lock", "moved_head",
-    "moved_ffn", "signal_ffn",
+    "moved_ffn", "signal_ffn", *(f"acc_{name}" for name in REPORTED),
 )  # fmt: skip
 
 
@@ -164,12 +165,12 @@ def one_run(args: Any, arm: str, seed: int, shape: Shape | None) -> tuple[dict[s
     signals = [r["signal_ffn"] for r in result.trace if "signal_ffn" in r and not r["locked"]]
     row |= moved | ({"signal_ffn": sum(signals) / len(signals)} if signals else {})
     row |= {f"set_{n}": v for n, v in (dict(args.set) | OWN.get(arm, {})).items()}
-    row |= perplexities(args, result.model, tokenizer, held_out)
+    row |= qualities(args, result.model, tokenizer, held_out)
     return row, result.shape
 
 
-def perplexities(args: Any, model: Any, tokenizer: Any, held_out: Path) -> dict[str, Any]:
-    """Perplexity on the demo's held-out text, and on --text where it is given."""
+def qualities(args: Any, model: Any, tokenizer: Any, held_out: Path) -> dict[str, Any]:
+    """Perplexity on the demo's held-out text, on --text, and accuracies, where they are given."""
     sources = {"held_out": held_out} | ({"text": args.text} if args.text else {})
     faster = bfloat16_is_faster(model.config.hidden_size, args.window)
     dtype = torch.bfloat16 if faster else torch.float32
@@ -185,7 +186,10 @@ def perplexities(args: Any, model: Any, tokenizer: Any, held_out: Path) -> dict[
         )
         found[f"ppl_{name}"] = round(made["ppl"], 3)
         found[f"ppl_{name}_windows"] = made["windows"]
-    return found | {"ppl_window": args.window}
+    found["ppl_window"] = args.window
+    if args.zero_shot:
+        found |= accuracies(model, tokenizer, args.zero_shot, args.questions)
+    return found
 
 
 def pair(text: str) -> tuple[str, Any]:
@@ -219,6 +223,13 @@ def main() -> int:
         help="the shape of -split arms that run without maskprune",
     )
     parser.add_argument("--text", help="another text for perplexity, such as WikiText-2's")
+    parser.add_argument(
+        "--zero-shot",
+        type=Path,
+        metavar="FOLDER",
+        help="piqa.jsonl, openbookqa.jsonl, boolq.jsonl for lm-eval's accuracy",
+    )
+    parser.add_argument("--questions", type=int, help="at most, of each file; default: all")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--windows", type=int, default=20)
     parser.add_argument(
@@ -240,7 +251,7 @@ def main() -> int:
     common = environment("cpu", 0)
 
     model, tokenizer = load(args.model)
-    dense = {"op": "quality", "model": args.model, "provider": "dense"} | perplexities(
+    dense = {"op": "quality", "model": args.model, "provider": "dense"} | qualities(
         args, model, tokenizer, demo_text()[1]
     )
     rows = [common | dense]
