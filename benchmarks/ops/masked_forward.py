@@ -7,7 +7,8 @@
 form that users write, `compiled` is torch.compile of it. GB/s count each tensor once (forward:
 inputs and output; backward: gradient, inputs, gradients), `of_copy` is their share of the copy
 bandwidth measured in the same run. `train` times one LoRA step of a random Llama: forward, loss,
-backward, AdamW, and with masks also the minimax step.
+backward, AdamW, and with masks also the minimax step. Its last two have half of the FFN units gone,
+as after a one-shot choice: under masks that rest, and as `prune` trains, computing the rest alone.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 
 from benchmarks.harness import Parser, copy_bandwidth, fix_threads, measure, show, write_rows
 from maskprune import ops
+from maskprune.structured.kept_units import compute_kept_units
 
 Case = tuple[str, dict[str, int], tuple[torch.Tensor, ...], Callable[..., torch.Tensor], Any, int]
 # (tokens, F) and (tokens, heads, head size); on CUDA the 7B, 70B and 405B shapes of LLaMA.
@@ -48,6 +50,10 @@ OPS_COLUMNS = (
     *("gb_s", "of_copy"),
 )
 TRAIN_COLUMNS = ("model", "provider", "median_ms", "p10_ms", "p90_ms", "over_lora")
+
+
+KEPT_UNITS = "half gone, kept units alone"
+HALF_GONE = ("half gone, under masks", KEPT_UNITS)
 
 
 def eager_swiglu(gate: torch.Tensor, up: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -165,7 +171,12 @@ def step_of(
     model = get_peft_model(stock, LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
     trained = [p for p in model.parameters() if p.requires_grad]
     solver = None
-    if name != "lora":
+    if name in HALF_GONE:
+        masks = mp.attach_masks(model, fused=device.startswith("cuda")).requires_grad_(False)
+        masks.ffn[:, ::2] = 0.0
+        if name == KEPT_UNITS:
+            compute_kept_units(model, masks)
+    elif name != "lora":
         masks = mp.attach_masks(model, fused=name == "masks, fused")
         solver = mp.Minimax(masks, mp.Budget(model, sparsity=0.5), total_steps=1000)
         trained += [masks.head, masks.ffn]
@@ -186,15 +197,16 @@ def step_of(
 
 
 def train_rows(device: str, seed: int, rounds: int) -> list[dict[str, Any]]:
-    """A LoRA step without masks, with hooks, and with the fused FFN."""
+    """A LoRA step without masks, with hooks, with the fused FFN, and with half of the FFN gone."""
     rows = []
     for model, shape in MODELS[device.split(":")[0]].items():
-        names = ("lora", "masks, hook", "masks, fused")
+        names = ("lora", "masks, hook", "masks, fused", *HALF_GONE)
         providers = {name: step_of(name, shape, device, seed) for name in names}
-        expected = step_of("lora", shape, device, seed)()
+        expected = [step_of(name, shape, device, seed)() for name in ("lora", HALF_GONE[0])]
 
         def check(name: str, loss: torch.Tensor, expected: Any = expected) -> None:
-            torch.testing.assert_close(loss, expected, rtol=1e-2, atol=0.0)
+            of_name = expected[name in HALF_GONE]
+            torch.testing.assert_close(loss, of_name, rtol=1e-2, atol=0.0)
 
         names = ("d", "L", "H", "G", "F", "batch", "tokens")
         timed = measure(

@@ -8,6 +8,8 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from maskprune.structured.kept_units import compute_kept_units
+from maskprune.structured.masks import Masks
 from maskprune.structured.minimax import Minimax
 from maskprune.structured.signal import MaskSignal
 from maskprune.training.sharding import clip_gradients
@@ -90,6 +92,22 @@ class LockCallback(TrainerCallback):
             # The old factors' moments do not apply to the new ones.
             for moment in optimizer.state.get(p, {}).values():
                 moment.zero_()
+
+
+class KeptUnitsCallback(TrainerCallback):
+    """Trains without computing pruned units, where a one-shot choice lets the masks rest.
+
+    A resumed run's masks are known once its checkpoint is loaded, as training begins.
+    """
+
+    def __init__(self, model: nn.Module, masks: Masks) -> None:
+        self.model, self.masks = model, masks
+        self.put_back: Callable[[], None] = lambda: None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: object
+    ) -> None:
+        self.put_back = compute_kept_units(self.model, self.masks)
 
 
 class SignalCallback(TrainerCallback):

@@ -22,7 +22,12 @@ from maskprune.hf.head import head_of
 from maskprune.hf.quiet import quiet_transformers
 from maskprune.hf.shape import Shape, require_ranks
 from maskprune.structured.budget import Budget
-from maskprune.structured.callbacks import LockCallback, PruneCallback, SignalCallback
+from maskprune.structured.callbacks import (
+    KeptUnitsCallback,
+    LockCallback,
+    PruneCallback,
+    SignalCallback,
+)
 from maskprune.structured.compensation import compensate, shared_grams
 from maskprune.structured.export import export
 from maskprune.structured.masks import Masks, attach_masks, load_masks
@@ -276,6 +281,10 @@ def prune(
         if settles(config):
             lock = LockCallback(solver, compensation)
             own.append(lock)
+        if not learned and not sharded:
+            kept_units = KeptUnitsCallback(peft_model, masks)
+            own.append(kept_units)
+            stack.callback(lambda: kept_units.put_back())
         trainer = PruneTrainer(
             model=peft_model,
             args=training_arguments(config, run, steps, device, autocast, sharded),

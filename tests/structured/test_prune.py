@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from maskprune.config import PruneConfig
 from maskprune.hf.equality import compare_logits
+from maskprune.structured.callbacks import KeptUnitsCallback
 from maskprune.structured.prune import prune
 from maskprune.structured.trainer import PruneTrainer
 from maskprune.training import losses
@@ -123,11 +124,12 @@ def test_the_same_seed_gives_the_same_masks_to_the_bit():
     assert not torch.equal(weights[0][name], weights[2][name])
 
 
-def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(tmp_path):
-    whole = run(tmp_path / "whole", save_steps=12)
+@pytest.mark.parametrize("method", ["maskprune", "taylor"])
+def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(tmp_path, method):
+    whole = run(tmp_path / "whole", save_steps=12, method=method)
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoint-24")
-    again = run(tmp_path / "again", resume=True, save_steps=12)
+    again = run(tmp_path / "again", resume=True, save_steps=12, method=method)
     assert torch.equal(whole.masks.ffn, again.masks.ffn)
     assert torch.equal(whole.masks.head, again.masks.head)
     for (name, p), q in zip(
@@ -317,6 +319,54 @@ def test_without_compensation_the_masks_train_on_as_the_papers_do():
     result = run(compensate=False, steps=60)
     kept = result.masks.ffn[result.masks.ffn > 0]
     assert (kept < 1).any() and max(result.residuals.values()) < 1e-2
+
+
+class Watch(TrainerCallback):
+    """Whether the first FFN had another forward at each step."""
+
+    def __init__(self, mlp):
+        self.mlp, self.replaced = mlp, []
+
+    def on_step_end(self, *_, **__):
+        self.replaced.append("forward" in vars(self.mlp))
+
+
+@pytest.mark.parametrize(("method", "skips"), [("taylor", True), ("maskprune", False)])
+def test_units_removed_at_once_are_not_computed_and_change_nothing(method, skips, monkeypatch):
+    def trained():
+        model = tiny_model("llama", num_hidden_layers=3)
+        weights = {name: p.clone() for name, p in model.named_parameters()}
+        watch = Watch(model.model.layers[0].mlp)
+        config = PruneConfig(**(QUICK | dict(method=method)))
+        result = prune(model, None, data(), config, quiet=True, callbacks=[watch])
+        assert "forward" not in vars(watch.mlp)
+        for name, p in model.named_parameters():
+            base = name.replace(".base_layer", "")
+            assert base not in weights or torch.equal(p, weights[base]), name
+        return result, watch
+
+    result, watch = trained()
+    assert watch.replaced == [skips] * QUICK["steps"]
+    monkeypatch.setattr(KeptUnitsCallback, "on_train_begin", lambda *_, **__: None)
+    under_masks, watch = trained()
+    assert not any(watch.replaced)
+    ids = tokens()
+    torch.testing.assert_close(
+        result.model(ids).logits, under_masks.model(ids).logits, rtol=1e-3, atol=1e-3
+    )
+
+
+def test_weights_are_in_their_order_again_after_a_run_that_failed():
+    class Fails(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            raise KeyboardInterrupt
+
+    model = tiny_model("llama")
+    before = model.model.layers[0].mlp.up_proj.weight.clone()
+    config = PruneConfig(**(QUICK | dict(method="taylor")))
+    with pytest.raises(KeyboardInterrupt):
+        prune(model, None, data(), config, quiet=True, callbacks=[Fails()])
+    assert torch.equal(model.model.layers[0].mlp.up_proj.base_layer.weight, before)
 
 
 def test_by_default_units_are_removed_at_once_and_a_mask_setting_selects_learning(capsys):
