@@ -9,6 +9,8 @@ HEAD_UNITS = ("kv_group", "query_head")
 ARCH_FALLBACKS = ("mistral", "divisor", "error")
 MODES = ("minimax", "scheduled")
 WARM_STARTS = ("none", "wanda-sp", "taylor")
+# Each optimizer of the masks and its default rate.
+MASK_RATES = {"adam-mini": 0.2, "adam": 2e-3}
 ONE_SHOT = ("wanda-sp", "taylor", "random")
 TWO_FOUR_ONE_SHOT = ("sparsegpt", "wanda", "magnitude")
 KL_DIRECTIONS = ("teacher_student", "student_teacher")

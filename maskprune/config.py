@@ -12,6 +12,7 @@ from typing import TypeVar
 from maskprune.choices import (
     KL_DIRECTIONS,
     LEAST_STEPS,
+    MASK_RATES,
     MODES,
     ONE_SHOT,
     TWO_FOUR_ONE_SHOT,
@@ -114,7 +115,7 @@ class RunConfig:
 
 
 # Settings of learned masks: giving one of them selects `maskprune` under `--method auto`.
-OF_MASKS = ("mode", "warm_start", "reach", "eta1", "interval", "mask_lr")
+OF_MASKS = ("mode", "warm_start", "reach", "eta1", "interval", "mask_lr", "mask_optimizer")
 
 
 @dataclass(frozen=True)
@@ -145,10 +146,15 @@ class PruneConfig(RunConfig, BudgetConfig):
     warmup: float = _setting(
         0.03, "Share of the steps over which the adapters' learning rate rises."
     )
-    mask_lr: float = _setting(
-        2e-3,
-        "Learning rate of the masks (the paper: 1e-2); falls linearly to 0 once the budget is"
-        " reached.",
+    mask_optimizer: str = _setting(
+        "adam-mini",
+        "adam-mini moves masks in proportion to their gradients; adam, the paper's, moves each by"
+        " up to the rate, whatever its gradient.",
+    )
+    mask_lr: float | None = _setting(
+        None,
+        "Learning rate of the masks, 0.2, or 2e-3 with adam (the paper: 1e-2); falls linearly to 0"
+        " once the budget is reached.",
     )
     lora_r: int = _setting(8, "Rank of the adapters.")
     output_r: int = _setting(
@@ -175,6 +181,11 @@ class PruneConfig(RunConfig, BudgetConfig):
         "teacher_student", "teacher_student, or student_teacher as the paper prints it."
     )
     max_grad_norm: float = _setting(1.0, "Clip of the adapters' gradient; masks are not clipped.")
+
+    @property
+    def mask_rate(self) -> float:
+        """`mask_lr`, or the default of the masks' optimizer."""
+        return self.mask_lr or MASK_RATES[self.mask_optimizer]
 
     @property
     def chooser(self) -> str:

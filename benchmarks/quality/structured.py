@@ -7,9 +7,11 @@ with the same loss and rates. `wanda-sp` prunes equal fractions of heads and FFN
 `wanda-sp-split` is given the shape that MaskPrune learned, `wanda-sp-split-compensated` its
 compensation as well, and `taylor-` and `random-split-compensated` are the same for the ranking
 that MaskPrune starts from and for none. `maskprune-shuffled` is MaskPrune whose mask gradients are
-permuted within each row: what it finds owes nothing to which gradient belongs to which unit.
+permuted within each row: what it finds owes nothing to which gradient belongs to which unit;
+`maskprune-split` is MaskPrune in that given shape.
 `maskprune-cold` starts with all masks at 1, and `paper` is README's recipe of the paper's own run,
-without compensation and with adapters on queries and values alone.
+without compensation and with adapters on queries and values alone; both move the masks by the
+paper's Adam, `paper-mini` by Adam-mini and is the same else, `paper-mini-shuffled` its control.
 `--model small-llama` and `gemma-3-270m` take what `benchmarks.quality.small_llama` and `.gemma`
 make. Held-out perplexity is on text that no arm read.
 """
@@ -48,15 +50,24 @@ ARMS = {
     "wanda-sp-split-compensated": ("wanda-sp", True, True),
     "taylor-split-compensated": ("taylor", True, True),
     "random-split-compensated": ("random", True, True),
+    "maskprune-split": ("maskprune", True, True),
     "maskprune-shuffled": ("maskprune", True, True),
     "maskprune-cold": ("maskprune", True, True),
     "maskprune-plain": ("maskprune", False, False),
     "paper": ("maskprune", True, False),
+    "paper-mini": ("maskprune", True, False),
+    "paper-mini-shuffled": ("maskprune", True, False),
 }
 # Settings of their own, over those of the command line.
-COLD: dict[str, Any] = {"warm_start": "none", "mask_lr": 1e-2, "reach": None}
+COLD: dict[str, Any] = {
+    "warm_start": "none",
+    "mask_optimizer": "adam",
+    "mask_lr": 1e-2,
+    "reach": None,
+}
 PAPER = COLD | {"lora_targets": "q_proj,v_proj", "alpha": 0.04, "interval": 10, "lm_weight": 0.0}
-OWN = {"maskprune-cold": COLD, "paper": PAPER}
+MINI = PAPER | {"mask_optimizer": "adam-mini", "mask_lr": None}
+OWN = {"maskprune-cold": COLD, "paper": PAPER, "paper-mini": MINI, "paper-mini-shuffled": MINI}
 
 # What a run finds, in which it may differ from an older one that it replaces.
 FOUND = (
@@ -126,7 +137,7 @@ def one_run(args: Any, arm: str, seed: int, shape: Shape | None) -> tuple[dict[s
     config = settings(args, arm, seed, shape, dense)
     blocks = token_blocks(train, tokenizer, args.seq_len, seed=seed)
     started = time.monotonic()
-    shuffled = [ShuffleMaskGradients(seed)] if arm == "maskprune-shuffled" else []
+    shuffled = [ShuffleMaskGradients(seed)] if arm.endswith("-shuffled") else []
     result = prune(model, tokenizer, blocks, config, quiet=args.quiet, callbacks=shuffled)
     seconds = time.monotonic() - started
     settled = [r for r in result.trace if r["locked"]]
@@ -152,6 +163,7 @@ def one_run(args: Any, arm: str, seed: int, shape: Shape | None) -> tuple[dict[s
         "compensate": config.compensate,
         "lm_weight": config.lm_weight,
         "warm_start": config.warm_start if config.method == "maskprune" else None,
+        "mask_optimizer": config.mask_optimizer if config.method == "maskprune" else None,
         "tokens_read": args.steps * args.batch_size * args.seq_len + read,
         "kl_at_lock": settled[0]["kl"],
         "last_kl": sum(r["kl"] for r in settled[-3:]) / len(settled[-3:]),

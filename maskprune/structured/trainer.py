@@ -67,8 +67,9 @@ class PruneTrainer(BlockTrainer):
                     {"params": weights, "lr": self.config.learning_rate, "weight_decay": 0.0},
                     {
                         "params": list(self.masks.parameters()),
-                        "lr": self.config.mask_lr,
+                        "lr": self.config.mask_rate,
                         "weight_decay": 0.0,
+                        "mini": self.config.mask_optimizer == "adam-mini",
                     },
                 ],
                 self.config.optimizer_bits,

@@ -25,13 +25,6 @@ def mean_loss(model, masks, blocks):
         return choices.loss(model, masks, blocks, len(blocks), gradient=False)
 
 
-def test_the_first_step_moves_all_masks_by_their_gradient_in_one_scale():
-    p = torch.nn.Parameter(torch.ones(2, 3))
-    p.grad = torch.tensor([[1.0, 2.0, 0.0], [0.0, -4.0, 0.0]])
-    choices.SharedScale([p], 0.5).step()
-    assert torch.allclose(p, 1 - 0.5 * p.grad / p.grad.square().mean().sqrt())
-
-
 def test_swaps_lower_the_loss_of_the_text_and_keep_the_widths():
     model, masks, budget, blocks = start()
     one_shot("taylor", model, masks, budget, blocks)

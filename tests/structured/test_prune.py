@@ -90,6 +90,7 @@ def test_a_loss_that_needs_whole_logits_says_so_once(targets, capsys):
         dict(mode="scheduled"),
         dict(warm_start="none"),
         dict(warm_start="wanda-sp", head_unit="query_head"),
+        dict(mask_optimizer="adam"),
         dict(method="wanda-sp"),
         dict(method="taylor"),
         dict(sparsity=None, head_sparsity=0.5, ffn_sparsity=0.25),
@@ -321,7 +322,34 @@ def test_without_compensation_the_masks_train_on_as_the_papers_do():
     assert (kept < 1).any() and max(result.residuals.values()) < 1e-2
 
 
-class Watch(TrainerCallback):
+@pytest.mark.parametrize(
+    ("changes", "mini", "rate"),
+    [
+        (dict(mask_optimizer="adam-mini"), True, 0.2),
+        (dict(mask_optimizer="adam"), False, 2e-3),
+        (dict(mask_optimizer="adam-mini", mask_lr=0.5), True, 0.5),
+    ],
+)
+def test_the_masks_have_an_optimizer_and_a_rate_of_their_own(changes, mini, rate):
+    found = {}
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, *_, optimizer, **__):
+            found["weights"], found["masks"] = optimizer.param_groups
+
+    config = PruneConfig(**(QUICK | changes))
+    prune(tiny_model("llama"), None, data(), config, quiet=True, callbacks=[Look()])
+    assert (found["masks"]["mini"], found["masks"]["initial_lr"]) == (mini, rate)
+    assert not found["weights"].get("mini")
+    assert found["weights"]["initial_lr"] == QUICK["learning_rate"]
+
+
+def test_an_unknown_optimizer_of_the_masks_is_refused():
+    with pytest.raises(ValueError, match=r"mask_optimizer is 'sgd'; expected one of adam"):
+        PruneConfig(sparsity=0.3, mask_optimizer="sgd")
+
+
+class WatchFFN(TrainerCallback):
     """Whether the first FFN had another forward at each step."""
 
     def __init__(self, mlp):
@@ -336,7 +364,7 @@ def test_units_removed_at_once_are_not_computed_and_change_nothing(method, skips
     def trained():
         model = tiny_model("llama", num_hidden_layers=3)
         weights = {name: p.clone() for name, p in model.named_parameters()}
-        watch = Watch(model.model.layers[0].mlp)
+        watch = WatchFFN(model.model.layers[0].mlp)
         config = PruneConfig(**(QUICK | dict(method=method)))
         result = prune(model, None, data(), config, quiet=True, callbacks=[watch])
         assert "forward" not in vars(watch.mlp)
@@ -371,7 +399,8 @@ def test_weights_are_in_their_order_again_after_a_run_that_failed():
 
 def test_by_default_units_are_removed_at_once_and_a_mask_setting_selects_learning(capsys):
     assert PruneConfig(sparsity=0.3).chooser == "taylor"
-    for setting in (dict(mask_lr=1e-2), dict(warm_start="none"), dict(reach=0.3)):
+    settings = (dict(mask_lr=1e-2), dict(warm_start="none"), dict(reach=0.3))
+    for setting in (*settings, dict(mask_optimizer="adam-mini")):
         assert PruneConfig(sparsity=0.3, **setting).chooser == "maskprune"
     assert PruneConfig(sparsity=0.3, method="wanda-sp", mask_lr=1e-2).chooser == "wanda-sp"
     ours, taylor = run(method="auto"), run(method="taylor")
