@@ -147,14 +147,14 @@ class PruneConfig(RunConfig, BudgetConfig):
         0.03, "Share of the steps over which the adapters' learning rate rises."
     )
     mask_optimizer: str = _setting(
-        "adam-mini",
-        "adam-mini moves masks in proportion to their gradients; adam, the paper's, moves each by"
-        " up to the rate, whatever its gradient.",
+        "auto",
+        "adam, the paper's, moves each mask by up to the rate, whatever its gradient; adam-mini in"
+        " proportion to the gradients. auto is adam-mini for masks that start at 1, else adam.",
     )
     mask_lr: float | None = _setting(
         None,
-        "Learning rate of the masks, 0.2, or 2e-3 with adam (the paper: 1e-2); falls linearly to 0"
-        " once the budget is reached.",
+        "Learning rate of the masks, 2e-3 with adam (the paper: 1e-2), 0.2 with adam-mini; falls"
+        " linearly to 0 once the budget is reached.",
     )
     lora_r: int = _setting(8, "Rank of the adapters.")
     output_r: int = _setting(
@@ -183,9 +183,16 @@ class PruneConfig(RunConfig, BudgetConfig):
     max_grad_norm: float = _setting(1.0, "Clip of the adapters' gradient; masks are not clipped.")
 
     @property
+    def mask_adam(self) -> str:
+        """`mask_optimizer`, with auto decided."""
+        if self.mask_optimizer != "auto":
+            return self.mask_optimizer
+        return "adam-mini" if self.warm_start == "none" else "adam"
+
+    @property
     def mask_rate(self) -> float:
         """`mask_lr`, or the default of the masks' optimizer."""
-        return self.mask_lr or MASK_RATES[self.mask_optimizer]
+        return self.mask_lr or MASK_RATES[self.mask_adam]
 
     @property
     def chooser(self) -> str:
@@ -202,6 +209,7 @@ class PruneConfig(RunConfig, BudgetConfig):
             method=("auto", "maskprune", *ONE_SHOT),
             mode=MODES,
             warm_start=WARM_STARTS,
+            mask_optimizer=("auto", *MASK_RATES),
             kl_direction=KL_DIRECTIONS,
         )
         require_least(

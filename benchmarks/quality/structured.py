@@ -163,7 +163,7 @@ def one_run(args: Any, arm: str, seed: int, shape: Shape | None) -> tuple[dict[s
         "compensate": config.compensate,
         "lm_weight": config.lm_weight,
         "warm_start": config.warm_start if config.method == "maskprune" else None,
-        "mask_optimizer": config.mask_optimizer if config.method == "maskprune" else None,
+        "mask_optimizer": config.mask_adam if config.method == "maskprune" else None,
         "tokens_read": args.steps * args.batch_size * args.seq_len + read,
         "kl_at_lock": settled[0]["kl"],
         "last_kl": sum(r["kl"] for r in settled[-3:]) / len(settled[-3:]),
