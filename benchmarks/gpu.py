@@ -23,9 +23,9 @@ RESULTS = Path("benchmarks/results")
 
 # The paper's settings (arXiv 2502.14008, section 4.1), on the model at hand.
 PAPER = (
-    "--warm-start none --lora-targets q_proj,v_proj --alpha 0.04 --lm-weight 0 --interval 10 "
-    "--no-compensate --batch-size 16 --seq-len 512 --learning-rate 1e-3 --mask-lr 1e-2 "
-    "--save-steps 200"
+    "--warm-start none --mask-optimizer adam --lora-targets q_proj,v_proj --alpha 0.04 "
+    "--lm-weight 0 --interval 10 --no-compensate --batch-size 16 --seq-len 512 "
+    "--learning-rate 1e-3 --mask-lr 1e-2 --save-steps 200"
 ).split()
 
 # Folders of runs that the time limit cut off; the next call resumes them.

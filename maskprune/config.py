@@ -149,7 +149,8 @@ class PruneConfig(RunConfig, BudgetConfig):
     mask_optimizer: str = _setting(
         "auto",
         "adam, the paper's, moves each mask by up to the rate, whatever its gradient; adam-mini in"
-        " proportion to the gradients. auto is adam-mini for masks that start at 1, else adam.",
+        " proportion to the gradients. auto is adam-mini for masks that start at 1 without a rate"
+        " given, else adam.",
     )
     mask_lr: float | None = _setting(
         None,
@@ -187,7 +188,8 @@ class PruneConfig(RunConfig, BudgetConfig):
         """`mask_optimizer`, with auto decided."""
         if self.mask_optimizer != "auto":
             return self.mask_optimizer
-        return "adam-mini" if self.warm_start == "none" else "adam"
+        from_one = self.warm_start == "none" and self.mask_lr is None
+        return "adam-mini" if from_one else "adam"
 
     @property
     def mask_rate(self) -> float:

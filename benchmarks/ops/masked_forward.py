@@ -176,6 +176,7 @@ def step_of(
         masks.ffn[:, ::2] = 0.0
         if name == KEPT_UNITS:
             compute_kept_units(model, masks)
+            assert all("forward" in vars(layer.mlp) for layer in stock.model.layers)
     elif name != "lora":
         masks = mp.attach_masks(model, fused=name == "masks, fused")
         solver = mp.Minimax(masks, mp.Budget(model, sparsity=0.5), total_steps=1000)

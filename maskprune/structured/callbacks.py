@@ -97,7 +97,8 @@ class LockCallback(TrainerCallback):
 class KeptUnitsCallback(TrainerCallback):
     """Trains without computing pruned units, where a one-shot choice lets the masks rest.
 
-    A resumed run's masks are known once its checkpoint is loaded, as training begins.
+    A resumed run's masks are known once its checkpoint is loaded, as training begins. When it
+    ends, weights are in their order again before later callbacks are called.
     """
 
     def __init__(self, model: nn.Module, masks: Masks) -> None:
@@ -108,6 +109,11 @@ class KeptUnitsCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: object
     ) -> None:
         self.put_back = compute_kept_units(self.model, self.masks)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: object
+    ) -> None:
+        self.put_back()
 
 
 class SignalCallback(TrainerCallback):

@@ -54,14 +54,26 @@ def unfusable(mlp: nn.Module, activation: str) -> str | None:
     if "forward" in vars(mlp):
         return f"the forward of this {name} has been replaced already"
     gated = hasattr(mlp, "gate_up_proj") or (hasattr(mlp, "gate_proj") and hasattr(mlp, "up_proj"))
-    act = getattr(mlp, "act_fn", getattr(mlp, "activation_fn", None))
-    if not (gated and hasattr(mlp, "down_proj") and callable(act)):
+    if not (gated and hasattr(mlp, "down_proj") and callable(activation_of(mlp))):
         return f"{name} is not a gated FFN with gate_proj, up_proj, down_proj and act_fn"
+    if getattr(mlp, "residual_dropout", 0):
+        return f"this {name} ends in dropout, which the operation does not do"
+    if not is_activation(mlp, activation):
+        return f"the activation of this {name}, {activation_of(mlp)}, is not {activation}"
+    return None
+
+
+def activation_of(mlp: nn.Module) -> Any:
+    """The activation of a transformers FFN; None where it has none of the usual names."""
+    return getattr(mlp, "act_fn", getattr(mlp, "activation_fn", None))
+
+
+def is_activation(mlp: nn.Module, activation: str) -> bool:
+    """Whether this FFN computes what `ops.masked_swiglu` calls `activation`."""
     probe = torch.linspace(-4.0, 4.0, 33)
     ones = torch.ones_like(probe)
-    if not torch.allclose(act(probe), reference(probe, ones, ones, activation), atol=1e-6):
-        return f"the activation of this {name}, {act}, is not {activation}"
-    return None
+    expected = reference(probe, ones, ones, activation)
+    return torch.allclose(activation_of(mlp)(probe), expected, atol=1e-6)
 
 
 def _forward(mlp: Any, activation: str, mask_getter: MaskGetter, x: torch.Tensor) -> torch.Tensor:

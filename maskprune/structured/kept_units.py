@@ -2,12 +2,13 @@
 
 Under its mask an FFN multiplies by 0 what it has computed for every pruned unit. Here the frozen
 weights of each FFN are put in another order, the units that stay first, so that the student takes
-views of them and nothing is copied. The teacher computes with all of them. Adapters, masks and
-what a checkpoint holds keep their order.
+views of them, without a copy (weights mapped from a file get memory of their own). The teacher
+computes with all of them. Adapters, masks and what a checkpoint holds keep their order.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,15 +19,17 @@ from torch.nn import functional
 
 from maskprune import ops
 from maskprune.hf.families import FAMILIES, get_submodule, layers_of
-from maskprune.structured.masks import Masks
+from maskprune.structured.fused_ffn import activation_of, is_activation
+from maskprune.structured.masks import Masks, is_of_masks
 
 
 def compute_kept_units(model: nn.Module, masks: Masks) -> Callable[[], None]:
     """Make every FFN of a masked model, where its structure is known, skip its pruned units.
 
-    With masks off the model computes as before, but for the order in which W_down adds up. FFNs
-    without a gate, and those whose weights are trained, stored otherwise than as a plain linear,
-    or have hooks, stay under their mask.
+    With masks off the model computes as before, but for the order in which W_down adds up. An FFN
+    stays under its mask where it has no gate, ends in dropout, or has a projection whose weight is
+    trained, shared with another layer or stored otherwise than as a plain linear's, that has
+    hooks, or whose adapters are not plain LoRA, unmerged and without dropout.
 
     Args:
         model: a stock model under its masks, or the PEFT model around it; its adapters' weights
@@ -34,7 +37,8 @@ def compute_kept_units(model: nn.Module, masks: Masks) -> Callable[[], None]:
         masks: of the model; each FFN mask 0 or 1.
 
     Returns:
-        A function that puts back order and forwards; values are restored to the bit.
+        A function that puts back order and forwards, values to the bit; `masks.detach()` calls it
+        first. Until then the weights of these FFNs must not be exported or saved.
 
     Raises:
         ValueError: an FFN mask that is neither 0 nor 1.
@@ -44,28 +48,36 @@ def compute_kept_units(model: nn.Module, masks: Masks) -> Callable[[], None]:
         raise ValueError("FFN masks are not all 0 or 1, so pruned units still count in the sum")
     family = FAMILIES[masks.family]
     undo: list[Callable[[], None]] = []
-    for index, layer in enumerate(layers_of(model) if family.gated else []):
-        mlp: Any = get_submodule(layer, family.ffn)
-        first = [getattr(mlp, name) for name in family.gate_up]
-        down = getattr(mlp, family.down)
-        if not all(_can_reorder(linear) for linear in (*first, down)):
-            continue
-        kept, gone = (m[index] != 0).nonzero()[:, 0], (m[index] == 0).nonzero()[:, 0]
-        order = torch.cat([kept, gone])
-        width = len(order)
-        rows = torch.cat([order, width + order]) if family.fused else order
-        changes = [(linear, rows, 0) for linear in first] + [(down, order, 1)]
-        for linear, places, dim in changes:
-            _reorder(linear, places, dim)
-        before = vars(mlp).get("forward")
-        whole = before or partial(type(mlp).forward, mlp)
-        mlp.forward = partial(_forward, mlp, masks, family.model_type, kept, whole)
-        undo.append(partial(_restore, mlp, before, changes))
 
     def put_back() -> None:
         while undo:
-            undo.pop()()
+            undo[-1]()
+            undo.pop()
 
+    ffns: list[tuple[int, Any, list[Any], Any]] = []
+    for index, layer in enumerate(layers_of(model) if family.gated else []):
+        mlp: Any = get_submodule(layer, family.ffn)
+        first = [getattr(mlp, name) for name in family.gate_up]
+        ffns.append((index, mlp, first, getattr(mlp, family.down)))
+    uses = Counter(_base(p).weight.data_ptr() for *_, first, down in ffns for p in (*first, down))
+    masks._undo.insert(0, put_back)
+    try:
+        for index, mlp, first, down in ffns:
+            linears = (*first, down)
+            shared = any(uses[_base(linear).weight.data_ptr()] > 1 for linear in linears)
+            dropout = getattr(mlp, "residual_dropout", 0)
+            if shared or dropout or not all(map(_can_reorder, linears)):
+                continue
+            kept, gone = (m[index] != 0).nonzero()[:, 0], (m[index] == 0).nonzero()[:, 0]
+            order = torch.cat([kept, gone])
+            rows = torch.cat([order, len(order) + order]) if family.fused else order
+            for linear in first:
+                _reorder(linear, rows, 0, undo)
+            _reorder(down, order, 1, undo)
+            _replace_forward(mlp, masks, kept, undo)
+    except BaseException:
+        put_back()
+        raise
     return put_back
 
 
@@ -75,38 +87,71 @@ def _base(linear: Any) -> Any:
 
 def _can_reorder(linear: Any) -> bool:
     base = _base(linear)
-    watched = base._forward_hooks or base._forward_pre_hooks or linear._forward_hooks
-    return type(base) is nn.Linear and not base.weight.requires_grad and not watched
+    if type(base) is not nn.Linear or base.weight.requires_grad:
+        return False
+    for module in {linear, base}:
+        hooks = [
+            *module._forward_hooks.values(),
+            *module._forward_pre_hooks.values(),
+            *module._backward_hooks.values(),
+            *module._backward_pre_hooks.values(),
+        ]
+        if not all(map(is_of_masks, hooks)):
+            return False
+    if base is linear:
+        return True
+    dropouts = linear.lora_dropout.values()
+    plain = not linear.merged and not getattr(linear, "lora_variant", None)
+    return plain and all(isinstance(dropout, nn.Identity) for dropout in dropouts)
+
+
+def _reorder(linear: Any, order: torch.Tensor, dim: int, undo: list[Callable[[], None]]) -> None:
+    """Put a linear's rows (dim 0) or columns in another order; `undo` gets the way back."""
+    base = _base(linear)
+    tensors = [base.weight] if dim or base.bias is None else [base.weight, base.bias]
+    for tensor in tensors:
+        before = tensor.detach().clone()
+        # Until the tensor is in its new order, an interrupt may come before the copy or after it.
+        undo.append(partial(_copy, tensor, before))
+        _copy(tensor, before.index_select(dim, order))
+        undo[-1] = partial(_put, tensor, dim, order.argsort())
 
 
 @torch.no_grad()
-def _reorder(linear: Any, order: torch.Tensor, dim: int) -> None:
-    base = _base(linear)
-    base.weight.copy_(base.weight.index_select(dim, order))
-    if dim == 0 and base.bias is not None:
-        base.bias.copy_(base.bias.index_select(0, order))
+def _copy(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    tensor.copy_(values)
 
 
-def _restore(mlp: Any, before: Any, changes: list[tuple[Any, torch.Tensor, int]]) -> None:
-    if before is None:
-        del mlp.forward
-    else:
-        mlp.forward = before
-    for linear, order, dim in changes:
-        _reorder(linear, order.argsort(), dim)
+@torch.no_grad()
+def _put(tensor: torch.Tensor, dim: int, order: torch.Tensor) -> None:
+    tensor.copy_(tensor.index_select(dim, order))
+
+
+def _replace_forward(
+    mlp: Any, masks: Masks, kept: torch.Tensor, undo: list[Callable[[], None]]
+) -> None:
+    before = vars(mlp).get("forward")
+    whole = before or partial(type(mlp).forward, mlp)
+    fused = is_activation(mlp, FAMILIES[masks.family].activation)
+    undo.append(
+        partial(delattr, mlp, "forward")
+        if before is None
+        else partial(setattr, mlp, "forward", before)
+    )
+    mlp.forward = partial(_forward, mlp, masks, kept, whole, fused)
 
 
 def _forward(
     mlp: Any,
     masks: Masks,
-    model_type: str,
     kept: torch.Tensor,
     whole: Callable[[torch.Tensor], torch.Tensor],
+    fused: bool,
     x: torch.Tensor,
 ) -> torch.Tensor:
     if not masks.enabled:
         return whole(x)
-    family, n = FAMILIES[model_type], len(kept)
+    family, n = FAMILIES[masks.family], len(kept)
     names = family.gate_up
     if family.fused:
         linear = getattr(mlp, names[0])
@@ -115,12 +160,11 @@ def _forward(
         up = _linear(linear, x, slice(width, width + n), width + kept)
     else:
         gate, up = (_linear(getattr(mlp, name), x, slice(0, n), kept) for name in names)
-    if x.is_cuda:
+    if fused and x.is_cuda:
         ones = torch.ones(n, device=x.device, dtype=torch.promote_types(gate.dtype, torch.float32))
         h = ops.masked_swiglu(gate, up, ones, activation=family.activation)
     else:
-        activation = getattr(mlp, "act_fn", None) or mlp.activation_fn
-        h = activation(gate) * up
+        h = activation_of(mlp)(gate) * up
     return _linear(getattr(mlp, family.down), h, None, kept)
 
 

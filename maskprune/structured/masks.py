@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -302,6 +302,11 @@ def _attach_layer(
 # masks and the model can be pickled.
 def _ffn_mask(masks: Masks, layer: int) -> torch.Tensor | None:
     return masks.ffn[layer] if masks.enabled else None
+
+
+def is_of_masks(hook: Any) -> bool:
+    """Whether a hook of a module is the one that scales the inputs of W_down or W_O."""
+    return getattr(hook, "func", None) in (_scale_units, _scale_heads)
 
 
 def _scale_units(

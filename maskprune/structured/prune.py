@@ -166,7 +166,9 @@ def prune(
         run_dir: where checkpoints and the trace go; a temporary folder where None.
         resume: continue from the newest whole checkpoint in `run_dir`.
         quiet: show no progress.
-        callbacks: further Trainer callbacks, called after the method's own.
+        callbacks: further Trainer callbacks, called after the method's own. While a one-shot
+            choice is trained, the FFN's frozen weights stand in another order, units that stay
+            first, so do not save them there.
 
     Returns:
         PruneResult; its model's layers are uniform and meet the budget.

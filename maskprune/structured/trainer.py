@@ -69,7 +69,7 @@ class PruneTrainer(BlockTrainer):
                         "params": list(self.masks.parameters()),
                         "lr": self.config.mask_rate,
                         "weight_decay": 0.0,
-                        "mini": self.config.mask_adam == "adam-mini",
+                        **({"mini": True} if self.config.mask_adam == "adam-mini" else {}),
                     },
                 ],
                 self.config.optimizer_bits,

@@ -8,6 +8,7 @@ from models import randomise, tiny_model, tokens
 from peft import LoraConfig, get_peft_model
 
 from maskprune.hf.families import FAMILIES, get_submodule, layers_of, stock_model
+from maskprune.structured import kept_units
 from maskprune.structured.distill import distill, teacher_mode
 from maskprune.structured.kept_units import compute_kept_units
 from maskprune.structured.masks import attach_masks
@@ -146,15 +147,103 @@ def test_masks_between_0_and_1_are_refused():
         compute_kept_units(model, masks)
 
 
-@pytest.mark.parametrize("change", ["trained", "watched"])
-def test_weights_that_are_trained_or_watched_stay_in_place(change):
-    model, masks = masked("llama")
-    linear = layers_of(model)[0].mlp.up_proj.base_layer
+@pytest.mark.parametrize(
+    "change", ["trained", "watched", "watched adapter", "backward", "shared", "residual dropout"]
+)
+def test_an_ffn_that_cannot_be_reordered_stays_under_its_mask(change):
+    model, masks = masked("seed_oss", targets="all-linear" if change != "shared" else ["q_proj"])
+    layers = layers_of(model)
+    linear = layers[0].mlp.up_proj
+    base = getattr(linear, "base_layer", linear)
     if change == "trained":
-        linear.weight.requires_grad_(True)
+        base.weight.requires_grad_(True)
+    elif change == "watched":
+        base.register_forward_hook(lambda *_: None)
+    elif change == "watched adapter":
+        linear.register_forward_pre_hook(lambda *_: None)
+    elif change == "backward":
+        linear.register_full_backward_hook(lambda *_: None)
+    elif change == "shared":
+        base.weight = layers[1].mlp.up_proj.weight
     else:
-        linear.register_forward_hook(lambda *_: None)
+        layers[0].mlp.residual_dropout = 0.5
+    want = results(model.eval())
+    compute_kept_units(model, masks)
+    assert skipping(model) == [False, change != "shared"]
+    assert_close(results(model), want)
+
+
+@pytest.mark.parametrize("how", ["merged", "dropout"])
+def test_adapters_that_are_not_plain_stay_under_the_mask(how):
+    config = LoraConfig(r=2, target_modules=["up_proj"], lora_dropout=0.5 * (how == "dropout"))
+    model = get_peft_model(tiny_model("llama"), config)
+    masks = attach_masks(model, fused=False).requires_grad_(False)
+    if how == "merged":
+        model.merge_adapter()
+    compute_kept_units(model, masks)
+    assert not any(skipping(model))
+
+
+def test_the_masks_own_hooks_are_no_obstacle():
+    model, masks = masked("llama", targets=["q_proj", "v_proj"])
     want = results(model)
     compute_kept_units(model, masks)
-    assert skipping(model) == [False, True]
+    assert all(skipping(model))
     assert_close(results(model), want)
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_an_interrupt_while_weights_are_reordered_leaves_none_out_of_order(at, monkeypatch):
+    model, masks = masked("qwen2")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    honest, calls = kept_units._copy, []
+
+    def interrupted(tensor, values):
+        calls.append(tensor)
+        if len(calls) == at + 1 and at % 2:
+            raise KeyboardInterrupt
+        honest(tensor, values)
+        if len(calls) == at + 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(kept_units, "_copy", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compute_kept_units(model, masks)
+    assert not any(skipping(model))
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]), name
+
+
+def test_masks_that_are_taken_off_put_the_weights_back():
+    model, masks = masked("llama", fused=True)
+    before = layers_of(model)[0].mlp.up_proj.base_layer.weight.clone()
+    compute_kept_units(model, masks)
+    masks.detach()
+    assert not ["forward" for layer in layers_of(model) if "forward" in vars(layer.mlp)]
+    assert torch.equal(layers_of(model)[0].mlp.up_proj.base_layer.weight, before)
+
+
+def test_an_activation_that_the_operation_does_not_know(monkeypatch):
+    """On a GPU the fused operation computes the family's activation alone."""
+    model = tiny_model("llama", hidden_act="gelu").requires_grad_(False)
+    masks = attach_masks(model).requires_grad_(False)
+    seen = []
+    honest = kept_units.is_activation
+    monkeypatch.setattr(kept_units, "is_activation", lambda *a: seen.append(honest(*a)) or seen[-1])
+    compute_kept_units(model, masks)
+    assert seen == [False, False]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("act", ["silu", "gelu"])
+def test_on_a_gpu(act):
+    torch.manual_seed(0)
+    model = tiny_model("llama", hidden_act=act).requires_grad_(False).cuda()
+    masks = randomise(attach_masks(model), head=0, ffn=6).requires_grad_(False)
+    masks.ffn.data = (masks.ffn != 0).float()
+    ids = tokens().cuda()
+    want = model(ids).logits
+    compute_kept_units(model, masks)
+    assert all(skipping(model))
+    torch.testing.assert_close(model(ids).logits, want, rtol=1e-4, atol=1e-4)
