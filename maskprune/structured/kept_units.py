@@ -47,13 +47,8 @@ def compute_kept_units(model: nn.Module, masks: Masks) -> Callable[[], None]:
     if not bool(((m == 0) | (m == 1)).all()):
         raise ValueError("FFN masks are not all 0 or 1, so pruned units still count in the sum")
     family = FAMILIES[masks.family]
-    undo: list[Callable[[], None]] = []
-
-    def put_back() -> None:
-        while undo:
-            undo[-1]()
-            undo.pop()
-
+    put_back = PutBack()
+    undo = put_back.steps
     ffns: list[tuple[int, Any, list[Any], Any]] = []
     for index, layer in enumerate(layers_of(model) if family.gated else []):
         mlp: Any = get_submodule(layer, family.ffn)
@@ -79,6 +74,19 @@ def compute_kept_units(model: nn.Module, masks: Masks) -> Callable[[], None]:
         put_back()
         raise
     return put_back
+
+
+class PutBack:
+    """Takes the changes back, last first; a class, so that a masked model is copied and pickled
+    with its own."""
+
+    def __init__(self) -> None:
+        self.steps: list[Callable[[], None]] = []
+
+    def __call__(self) -> None:
+        while self.steps:
+            self.steps[-1]()
+            self.steps.pop()
 
 
 def _base(linear: Any) -> Any:

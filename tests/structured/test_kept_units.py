@@ -1,6 +1,7 @@
 """FFNs on the kept units alone: the masked model's values and gradients; all is put back."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -137,6 +138,23 @@ def test_a_copy_computes_with_its_own_weights():
         for p in model.parameters():
             p.zero_()
     assert_close(results(copied), want)
+
+
+@pytest.mark.parametrize("copied_by", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_puts_its_own_weights_back(copied_by):
+    model, masks = masked("llama")
+    before = [p.clone() for p in model.parameters()]
+    compute_kept_units(model, masks)
+    copied = copied_by(model)
+    stock_model(copied).maskprune.detach()
+    assert all(skipping(model))
+    layer = layers_of(copied)[0].mlp
+    ours = layers_of(model)[0].mlp
+    assert "forward" not in vars(layer)
+    masks.detach()
+    assert torch.equal(layer.up_proj.base_layer.weight, ours.up_proj.base_layer.weight)
+    of_model = [p for name, p in model.named_parameters()]
+    assert all(torch.equal(p, q) for p, q in zip(of_model, before, strict=False))
 
 
 def test_masks_between_0_and_1_are_refused():
