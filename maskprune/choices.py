@@ -11,6 +11,7 @@ MODES = ("minimax", "scheduled")
 WARM_STARTS = ("none", "wanda-sp", "taylor")
 # Each optimizer of the masks and its default rate.
 MASK_RATES = {"adam-mini": 0.2, "adam": 2e-3}
+TRAINED = ("adapters", "weights")
 ONE_SHOT = ("wanda-sp", "taylor", "random")
 TWO_FOUR_ONE_SHOT = ("sparsegpt", "wanda", "magnitude")
 KL_DIRECTIONS = ("teacher_student", "student_teacher")

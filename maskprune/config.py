@@ -15,6 +15,7 @@ from maskprune.choices import (
     MASK_RATES,
     MODES,
     ONE_SHOT,
+    TRAINED,
     TWO_FOUR_ONE_SHOT,
     WARM_STARTS,
     require_choices,
@@ -114,6 +115,12 @@ class RunConfig:
         _require_whole_micro_batches(self)
 
 
+# Settings of adapters alone.
+OF_ADAPTERS = ("lora_r", "lora_alpha", "lora_targets")
+ADAPTER_RATE = 1e-3
+# Times the hidden size.
+WEIGHT_RATE = 0.15
+
 # Settings of learned masks: giving one of them selects `maskprune` under `--method auto`.
 OF_MASKS = ("mode", "warm_start", "reach", "eta1", "interval", "mask_lr", "mask_optimizer")
 
@@ -142,10 +149,17 @@ class PruneConfig(RunConfig, BudgetConfig):
     interval: int | None = _setting(
         None, "Steps between two prox calls on FFN masks, falling to 1; 10 from 2000 steps on."
     )
-    learning_rate: float = _setting(1e-3, "Learning rate of the adapters; falls linearly to 0.")
-    warmup: float = _setting(
-        0.03, "Share of the steps over which the adapters' learning rate rises."
+    train: str = _setting(
+        "adapters",
+        "What a model whose units went at once is trained by: adapters, merged at the end; or"
+        " weights, all of its blocks, cut before: takes the memory of full fine-tuning.",
     )
+    learning_rate: float | None = _setting(
+        None,
+        "Learning rate, 1e-3 for adapters, for weights 0.15 over the hidden size; falls linearly"
+        " to 0.",
+    )
+    warmup: float = _setting(0.03, "Share of the steps over which the learning rate rises.")
     mask_optimizer: str = _setting(
         "auto",
         "adam, the paper's, moves each mask by up to the rate, whatever its gradient; adam-mini in"
@@ -181,7 +195,7 @@ class PruneConfig(RunConfig, BudgetConfig):
     kl_direction: str = _setting(
         "teacher_student", "teacher_student, or student_teacher as the paper prints it."
     )
-    max_grad_norm: float = _setting(1.0, "Clip of the adapters' gradient; masks are not clipped.")
+    max_grad_norm: float = _setting(1.0, "Clip of the gradient; that of masks is not clipped.")
 
     @property
     def mask_adam(self) -> str:
@@ -195,6 +209,11 @@ class PruneConfig(RunConfig, BudgetConfig):
     def mask_rate(self) -> float:
         """`mask_lr`, or the default of the masks' optimizer."""
         return self.mask_lr or MASK_RATES[self.mask_adam]
+
+    def rate(self, hidden_size: int) -> float:
+        """`learning_rate`, or the default of what is trained."""
+        of_train = {"adapters": ADAPTER_RATE, "weights": WEIGHT_RATE / hidden_size}
+        return self.learning_rate or of_train[self.train]
 
     @property
     def chooser(self) -> str:
@@ -212,6 +231,7 @@ class PruneConfig(RunConfig, BudgetConfig):
             mode=MODES,
             warm_start=WARM_STARTS,
             mask_optimizer=("auto", *MASK_RATES),
+            train=TRAINED,
             kl_direction=KL_DIRECTIONS,
         )
         require_least(
@@ -233,6 +253,26 @@ class PruneConfig(RunConfig, BudgetConfig):
             raise ValueError(f"lm_weight is {self.lm_weight}; expected a share from 0 to 1")
         if self.warmup > 1:
             raise ValueError(f"warmup is {self.warmup}; expected a share of the run up to 1")
+        if self.train == "weights":
+            self._require_trainable_weights()
+
+    def _require_trainable_weights(self) -> None:
+        if self.chooser == "maskprune":
+            raise ValueError(
+                "train is weights, of a model that is cut before it is trained, and learned masks "
+                f"cut it at the end; choose at once, --method {', '.join(ONE_SHOT)}, or --train "
+                "adapters"
+            )
+        if self.shard == "full":
+            raise ValueError(
+                "train is weights, which every process holds whole, and shard is full; give "
+                "--shard none, or --train adapters"
+            )
+        defaults = {f.name: f.default for f in fields(self)}
+        if given := [n for n in OF_ADAPTERS if getattr(self, n) != defaults[n]]:
+            raise ValueError(
+                f"train is weights, and {', '.join(given)} of adapters; leave out one of the two"
+            )
 
 
 @dataclass(frozen=True)
@@ -391,6 +431,7 @@ class PlanConfig(BudgetConfig, _Planned):
     """What `maskprune plan` lays out, from config.json alone."""
 
     two_four: bool = _setting(False, "Plan the memory of `sparsify`, which changes no shape.")
+    train: str = _setting("adapters", "With --gpus: adapters or weights, see `prune`.")
     gpus: int | None = _setting(
         None, "Also show the memory that training takes on each of this many devices."
     )
@@ -406,7 +447,7 @@ class PlanConfig(BudgetConfig, _Planned):
 
     def __post_init__(self) -> None:
         names = ("gpus", "batch_size", "gradient_accumulation", "seq_len", "lora_r", "output_r")
-        require_choices(self, shard=("auto", "none", "full"))
+        require_choices(self, shard=("auto", "none", "full"), train=TRAINED)
         require_least(self, **dict.fromkeys(names, 1))
         require_positive(self, "gpu_memory")
         _require_whole_micro_batches(self)

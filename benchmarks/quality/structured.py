@@ -36,6 +36,7 @@ from benchmarks.quality.zero_shot import REPORTED, accuracies
 from maskprune.commands.evaluate import perplexity
 from maskprune.config import PruneConfig
 from maskprune.hf.demo_model import MODEL_NAME, demo_text
+from maskprune.hf.families import text_config
 from maskprune.hf.load import load_model
 from maskprune.hf.shape import Shape, shape_of
 from maskprune.structured.prune import prune
@@ -158,7 +159,8 @@ def one_run(args: Any, arm: str, seed: int, shape: Shape | None) -> tuple[dict[s
         "ffn": result.shape.ffn,
         "steps": args.steps,
         "tokens_per_step": args.batch_size * args.seq_len,
-        "learning_rate": args.learning_rate,
+        "train": config.train,
+        "learning_rate": config.rate(text_config(model.config).hidden_size),
         "output_r": config.output_r,
         "compensate": config.compensate,
         "lm_weight": config.lm_weight,
@@ -224,7 +226,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, help="default: of what is trained")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS)[:4])
     parser.add_argument(

@@ -95,7 +95,11 @@ def check(
     findings.good.append("loads with from_pretrained, every tensor present, tokenizer too")
     _check_generation(model, tokenizer, findings)
     if against is not None:
-        _check_equal(model, tokenizer, against, masks_file or _own_masks(folder), folder, findings)
+        if proof := _trained_after_cut(folder):
+            findings.notes.append(f"not compared with {against}: {proof}")
+        else:
+            masks_file = masks_file or _own_masks(folder)
+            _check_equal(model, tokenizer, against, masks_file, folder, findings)
     elif masks_file is not None:
         raise ValueError("--masks needs --against MODEL, the model that the masks belong to")
     return findings
@@ -133,6 +137,21 @@ def _is_two_four(model: PreTrainedModel) -> bool:
     except ValueError:
         return False
     return all(is_two_four(oriented(module)) for module in linears.values())
+
+
+def _trained_after_cut(folder: Path) -> str | None:
+    """What a result whose weights were trained after the cut says of the cut; None for others."""
+    from maskprune.commands.record import RECORD_FILE
+
+    path = own_file(folder, RECORD_FILE)
+    record = json.loads(path.read_text()) if path.is_file() else {}
+    if (record.get("settings") or {}).get("train") != "weights":
+        return None
+    largest = record["logits_masked_against_exported"]["largest"]
+    return (
+        "its weights were trained after the cut, so no masked model has its logits; when it was "
+        f"cut they differed from the masked model's by {largest:.2e} at most"
+    )
 
 
 def _own_masks(folder: Path) -> Path | None:

@@ -40,6 +40,7 @@ def model_card(info: JsonObject) -> str:
             tokens, data, seed; dense, pruned: dicts with layers, heads, kv_heads, head_dim, ffn,
             parameters, bytes, kv_bytes_per_token; model_class and class_reason; difference: dict
             with largest, largest_logit, top1_agreement, tokens (masked against exported logits);
+            trained_after_cut: whether the weights were trained between the two;
             perplexity: dict with data, seq_len, dense, pruned; tp: legal tensor-parallel sizes;
             limits: list of sentences; versions: dict.
     """
@@ -132,11 +133,13 @@ def _card_proof(info: JsonObject) -> list[str]:
             line += f", over {difference['tokens']} tokens"
         if "top1_agreement" in difference:
             line += f"; the same most likely token in {difference['top1_agreement']:.2%} of them"
-        parts += [
-            "## Proof",
-            "The masked model of the training run and this checkpoint, loaded again from its "
-            f"files, were given the same tokens. {line}.",
-        ]
+        compared = (
+            "The masked model and the one cut from it, before the training of its weights,"
+            if info.get("trained_after_cut")
+            else "The masked model of the training run and this checkpoint, loaded again from its "
+            "files,"
+        )
+        parts += ["## Proof", f"{compared} were given the same tokens. {line}."]
     if perplexity := info.get("perplexity"):
         window = f", windows of {perplexity['seq_len']}" if perplexity.get("seq_len") else ""
         parts += [

@@ -3,7 +3,8 @@
 L = KL + alpha * sum over layers of MSE(h_s, h_t) (MaskPrune, arXiv 2502.14008, section 3.3). Where
 it is asked for, a share w of the KL is replaced by the cross entropy of the text's next tokens, as
 in Hinton et al. (arXiv 1503.02531), section 2: KL becomes (1 - w) KL + w CE. The
-teacher is the same model with masks and adapters off, so it costs no second copy of the weights.
+teacher is the same model with masks and adapters off, so it costs no second copy of the weights,
+or another model, where the student's weights are trained.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ def distill(
     alpha: float = 0.04,
     kl_direction: str = "teacher_student",
     lm_weight: float = 0.0,
+    teacher: nn.Module | None = None,
 ) -> DistillLoss:
     """Loss of the masked model against its unmasked self on `input_ids` (B, T).
 
@@ -76,33 +78,36 @@ def distill(
         alpha: weight of the hidden-state term; 0 leaves it out.
         kl_direction: see `token_kl`.
         lm_weight: share w of the cross entropy of the next tokens, within every sequence.
+        teacher: a model with `masks` attached, of the same hidden size and head: with masks and
+            adapters off it is the teacher, and `model` a student cut from it.
 
     Raises:
         ValueError: the model inside a PEFT model, whose adapters the teacher can't do without; an
             lm_weight outside 0 to 1.
     """
     check_lm_weight(lm_weight)
-    if not hasattr(model, "disable_adapter") and adapted_layers(model):
+    taught = model if teacher is None else teacher
+    if not hasattr(taught, "disable_adapter") and adapted_layers(taught):
         raise ValueError(
             "the model inside a PEFT model was given, whose adapters can't be switched off for the "
             "teacher; give the PEFT model itself"
         )
     base = stock_model(model)
-    if alpha == 0 or _checkpoints_activations(base):
-        student, teacher, layer = _teacher_first(model, base, masks, input_ids, alpha != 0)
+    if alpha == 0 or teacher is not None or _checkpoints_activations(base):
+        h_s, h_t, layer = _teacher_first(model, taught, masks, input_ids, alpha != 0)
     else:
-        student, teacher, layer = _side_by_side(model, base, masks, input_ids)
+        h_s, h_t, layer = _side_by_side(model, base, masks, input_ids)
     head = head_of(base)
 
     def as_teacher() -> AbstractContextManager[None]:
-        return teacher_mode(model, masks)
+        return teacher_mode(taught, masks)
 
     if lm_weight:
         total, kl, lm = hidden_distillation(
-            head, student, teacher, input_ids, lm_weight, kl_direction, as_teacher
+            head, h_s, h_t, input_ids, lm_weight, kl_direction, as_teacher
         )
     else:
-        total = kl = hidden_kl(head, student, teacher, kl_direction, as_teacher)
+        total = kl = hidden_kl(head, h_s, h_t, kl_direction, as_teacher)
         lm = torch.zeros_like(kl)
     return DistillLoss(total + alpha * layer if alpha else total, kl.detach(), layer, lm)
 
@@ -114,20 +119,20 @@ def _checkpoints_activations(base: nn.Module) -> bool:
 
 def _teacher_first(
     model: nn.Module,
-    base: PreTrainedModel,
+    taught: nn.Module,
     masks: Masks,
     input_ids: torch.Tensor,
     with_hidden: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Last hidden states of student and teacher, and the sum over layers of the MSE."""
 
-    def kept() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def kept(model: nn.Module) -> tuple[torch.Tensor, list[torch.Tensor]]:
         states: list[torch.Tensor] = []
 
         def keep(block: nn.Module, args: object, output: Output) -> None:
             states.append(_hidden(output))
 
-        blocks = layers_of(base) if with_hidden else []
+        blocks = layers_of(model) if with_hidden else []
         handles = [block.register_forward_hook(keep) for block in blocks]
         try:
             return last_hidden_states(model, input_ids), states
@@ -135,9 +140,11 @@ def _teacher_first(
             for handle in handles:
                 handle.remove()
 
-    with teacher_mode(model, masks):
-        teacher, hidden_t = kept()
-    student, hidden_s = kept()
+    with teacher_mode(taught, masks):
+        teacher, hidden_t = kept(taught)
+    student, hidden_s = kept(model)
+    # A student whose weights are trained is in float32, whatever its teacher is in.
+    teacher = teacher.to(student.dtype)
     terms = [
         functional.mse_loss(h_s.float(), h_t.float())
         for h_s, h_t in zip(hidden_s, hidden_t, strict=True)

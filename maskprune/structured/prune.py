@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from maskprune.config import PruneConfig
 from maskprune.files import JsonObject
 from maskprune.hf.adapters import adapted_layers, require_mergeable
+from maskprune.hf.equality import Difference
 from maskprune.hf.families import Family, family_of, output_names, require_causal_lm, text_config
 from maskprune.hf.head import head_of
 from maskprune.hf.quiet import quiet_transformers
@@ -34,7 +35,15 @@ from maskprune.structured.masks import Masks, attach_masks, load_masks
 from maskprune.structured.minimax import Minimax
 from maskprune.structured.saliency import Grams, one_shot, warm_start
 from maskprune.structured.signal import MaskSignal
-from maskprune.structured.trainer import PruneTrainer, settles
+from maskprune.structured.student import (
+    cut_student,
+    finished,
+    load_proof,
+    prove_cut,
+    save_proof,
+    trained,
+)
+from maskprune.structured.trainer import PruneTrainer, load_masks_and_solver, settles
 from maskprune.training.checkpoints import (
     open_run,
     require_checkpoint_space,
@@ -83,9 +92,12 @@ class PruneResult:
         shape: the uniform shape.
         trace: a row per logged step.
         residuals: largest pruned mask before it was set to 0, per kind.
-        masked_model: the PEFT model under its masks, for the proof.
+        masked_model: the PEFT model under its masks, for the proof; where weights are trained, as
+            it was when `model` was cut from it.
         budget: the budget that the shape meets.
         steps: optimizer steps of the whole run.
+        difference: where weights are trained, of `model`'s logits from the masked model's when it
+            was cut; else None, to be measured now.
     """
 
     model: Any
@@ -96,6 +108,7 @@ class PruneResult:
     masked_model: Any
     budget: Budget
     steps: int
+    difference: Difference | None = None
 
 
 def first_masks(run: Path, masks: Masks) -> dict[str, torch.Tensor]:
@@ -201,9 +214,13 @@ def prune(
     text_config(core.config).use_cache = False
     targets = [name.strip() for name in config.lora_targets.split(",")]
     family = family_of(core.config)
+    pruned_outputs = output_names(family)[0 if family.prunes_heads else 1 :]
+    if config.train == "weights":
+        # The compensation alone takes adapters.
+        targets = list(pruned_outputs)
     outputs = {
         name: config.output_r
-        for name in output_names(family)[0 if family.prunes_heads else 1 :]
+        for name in pruned_outputs
         if targets == ["all-linear"]
         or any(name.endswith(t) or t.endswith(f".{name}") for t in targets)
     }
@@ -220,7 +237,7 @@ def prune(
             ),
         )
     require_mergeable(peft_model)
-    if config.gradient_checkpointing:
+    if config.gradient_checkpointing and config.train == "adapters":
         checkpoint_activations(core)
     masks = attach_masks(peft_model, config.head_unit)
     learned = config.chooser == "maskprune"
@@ -239,8 +256,8 @@ def prune(
             run_dir = stack.enter_context(temporary_folder())
         run = Path(run_dir)
         checkpoint = on_first(lambda: open_run(run, resume))
-        if checkpoint is None:
-            require_checkpoint_space(run, (p for p in core.parameters() if p.requires_grad))
+        if checkpoint is None and config.train == "adapters":
+            require_checkpoint_space(run, trained(core))
         sample = blocks[: config.warm_start_blocks].to(device)
 
         def computing() -> torch.autocast:
@@ -283,12 +300,27 @@ def prune(
         if settles(config):
             lock = LockCallback(solver, compensation)
             own.append(lock)
-        if not learned and not sharded:
+        trainee: nn.Module = peft_model
+        student = difference = None
+        if config.train == "weights":
+            if checkpoint is not None:
+                load_masks_and_solver(checkpoint, masks, solver)
+            student, dtypes = cut_student(peft_model, masks, config.arch_fallback)
+            if checkpoint is None:
+                require_checkpoint_space(run, trained(student))
+                difference = prove_cut(peft_model, student, sample[:4], core.dtype)
+                save_proof(difference, run)
+            else:
+                difference = load_proof(run)
+            if config.gradient_checkpointing:
+                checkpoint_activations(student)
+            trainee = student
+        elif not learned and not sharded:
             kept_units = KeptUnitsCallback(peft_model, masks)
             own.append(kept_units)
             stack.callback(lambda: kept_units.put_back())
         trainer = PruneTrainer(
-            model=peft_model,
+            model=trainee,
             args=training_arguments(config, run, steps, device, autocast, sharded),
             train_dataset=Blocks(blocks, order),
             callbacks=[*own, *callbacks, trace],
@@ -296,18 +328,25 @@ def prune(
             solver=solver,
             config=config,
             signal=signal,
+            teacher=None if student is None else peft_model,
         )
         trace.trainer = trainer
         with quiet_trainer():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         # Trainer leaves its autocast around forward; the proof must run at full precision.
-        trainer.accelerator.unwrap_model(peft_model, keep_fp32_wrapper=False)
+        trainer.accelerator.unwrap_model(trainee, keep_fp32_wrapper=False)
     left = solver.finish()
     residuals = lock.residuals if lock is not None and lock.residuals else left
     peft_model.eval()
     text_config(core.config).use_cache = True
+    if student is not None:
+        pruned: PreTrainedModel | None = finished(student, dtypes)
+    elif sharded:
+        pruned = None
+    else:
+        pruned = export(peft_model, masks, arch_fallback=config.arch_fallback)
     return PruneResult(
-        model=None if sharded else export(peft_model, masks, arch_fallback=config.arch_fallback),
+        model=pruned,
         masks=masks,
         shape=solver.shape(),
         trace=trace.rows,
@@ -315,6 +354,7 @@ def prune(
         masked_model=peft_model,
         budget=budget,
         steps=steps,
+        difference=difference,
     )
 
 

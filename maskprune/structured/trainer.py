@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from maskprune.config import PruneConfig
 from maskprune.files import JsonObject
+from maskprune.hf.families import stock_model, text_config
 from maskprune.structured.distill import DistillLoss, distill
 from maskprune.structured.masks import Masks
 from maskprune.structured.minimax import Minimax
@@ -29,6 +30,9 @@ SETTLED_WARMUP = 0.05
 class PruneTrainer(BlockTrainer):
     """`Trainer` with the distillation loss, two parameter groups and whole checkpoints.
 
+    Trains the masked model against itself, or, where `teacher` is the masked model, one cut from
+    it: the masks rest then, and go into the checkpoints alone.
+
     Use `PruneCallback` with it, or with a `Trainer` of your own, for the proximal step.
     """
 
@@ -39,9 +43,11 @@ class PruneTrainer(BlockTrainer):
         solver: Minimax,
         config: PruneConfig,
         signal: MaskSignal | None = None,
+        teacher: nn.Module | None = None,
         **kw: Any,
     ):
         super().__init__(*args, **kw)
+        self.teacher = teacher
         self.masks, self.solver, self.config, self.signal = masks, solver, config, signal
         self.settled_at: int | None = None
 
@@ -56,6 +62,11 @@ class PruneTrainer(BlockTrainer):
             self.settled_at = int(self.solver.read()["locked_at"]) + 1
         return None if self.settled_at is None else step - self.settled_at
 
+    @property
+    def rate(self) -> float:
+        """Peak learning rate of all but the masks."""
+        return self.config.rate(text_config(stock_model(self.core).config).hidden_size)
+
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         if self.optimizer is None:
             mask_ids = {id(p) for p in self.masks.parameters()}
@@ -64,7 +75,7 @@ class PruneTrainer(BlockTrainer):
             ]
             self.optimizer = adamw(
                 [
-                    {"params": weights, "lr": self.config.learning_rate, "weight_decay": 0.0},
+                    {"params": weights, "lr": self.rate, "weight_decay": 0.0},
                     {
                         "params": list(self.masks.parameters()),
                         "lr": self.config.mask_rate,
@@ -120,6 +131,7 @@ class PruneTrainer(BlockTrainer):
                 alpha=config.alpha,
                 kl_direction=config.kl_direction,
                 lm_weight=config.lm_weight,
+                teacher=self.teacher,
             )
 
         with self.computing():
@@ -165,10 +177,15 @@ class PruneTrainer(BlockTrainer):
             load_adapter(folder, core)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        values, state = load_solver(folder)
-        for name, parameter in self.masks.named_parameters():
-            parameter.data.copy_(values[name])
-        self.solver.load_state_dict(state)
+        load_masks_and_solver(folder, self.masks, self.solver)
+
+
+def load_masks_and_solver(folder: Path, masks: Masks, solver: Minimax) -> None:
+    """Set both to what a checkpoint holds."""
+    values, state = load_solver(folder)
+    for name, parameter in masks.named_parameters():
+        parameter.data.copy_(values[name])
+    solver.load_state_dict(state)
 
 
 def settles(config: PruneConfig) -> bool:

@@ -2,7 +2,8 @@
 
 Legend: n devices, each with the whole model or, sharded, with its part of the blocks - T tokens of
 one device's micro-batch - c bytes of a computed number - d hidden size, q = H d_h, k = G d_h, F FFN
-width, V vocabulary, L layers - P parameters - A adapter parameters - S weights under 2:4 masks.
+width, V vocabulary, L layers - P parameters - A adapter parameters - S weights under 2:4 masks -
+C weights that are trained after the cut, E the rest of the student that holds them.
 """
 
 from __future__ import annotations
@@ -23,9 +24,12 @@ USABLE = 0.9
 
 @dataclass(frozen=True)
 class Load:
-    """What is trained, and how: `--two-four` or adapters and masks, under which settings."""
+    """What is trained, and how: `--two-four`, adapters and masks, or weights (`train`), of which
+    `sparsity` are gone; under which settings."""
 
     two_four: bool = False
+    train: str = "adapters"
+    sparsity: float | None = None
     batch_size: int = 16
     gradient_accumulation: int = 1
     seq_len: int = 512
@@ -80,9 +84,10 @@ def memory_parts(config: PreTrainedConfig, load: Load, gpus: int) -> dict[str, i
         shape.layers,
     )
     q, k, V = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, text.vocab_size
-    A = S = r_in = r_out = blocks = 0
+    A = S = r_in = r_out = blocks = of_blocks = 0
     for block in layers_of(model):
-        blocks += sum(p.numel() for p in block.parameters()) * size
+        count = sum(p.numel() for p in block.parameters())
+        of_blocks, blocks = of_blocks + count, blocks + count * size
         outputs = [ffn_output(block, family)]
         if family.prunes_heads:
             outputs.append(attention_output(block, family))
@@ -95,14 +100,18 @@ def memory_parts(config: PreTrainedConfig, load: Load, gpus: int) -> dict[str, i
             S += weight.numel()
             r_in, r_out = (r_in, r_out + r) if module in outputs else (r_in + r, r_out)
     r_layer = (r_in + r_out) // L
-    trained = 6 * S // 4 if load.two_four else A
+    P = sum(p.numel() for p in model.parameters())
+    cut = load.train == "weights" and not load.two_four
+    C = round((1 - (load.sparsity or 0)) * of_blocks)
+    trained = C if cut else 6 * S // 4 if load.two_four else A
     # Inputs of both norms (in float32), of the linears, of attention, of the FFN's product, masks.
     if load.two_four:
         layer = T * (2 * 4 * d + c * (2 * d + 3 * q + 2 * k + 4 * F)) + c * S // L
     else:
-        layer = T * (2 * 4 * d + c * (2 * d + 4 * q + 2 * k + 5 * F + r_layer))
+        r = 0 if cut else r_layer
+        layer = T * (2 * 4 * d + c * (2 * d + 4 * q + 2 * k + 5 * F + r))
     kept = layer + L * T * d * c if load.gradient_checkpointing else L * layer
-    weights = sum(p.numel() for p in model.parameters()) * size
+    weights = P * size
     n = gpus if load.sharded else 1
     gathered = 0
     if n > 1:
@@ -112,16 +121,23 @@ def memory_parts(config: PreTrainedConfig, load: Load, gpus: int) -> dict[str, i
     masks = 0 if load.two_four else 16 * L * (shape.ffn + family.prunes_heads * shape.kv_heads)
     return {
         "weights": weights - blocks + blocks // n,
-        "logits of 2:4 masks" if load.two_four else "adapters": 4 * trained // n,
+        _trained_part(load): 4 * trained // n,
         "their gradient": 4 * trained // n,
         "their moments": load.optimizer_bits // 4 * trained // n,
         "buckets that DDP sends": 4 * trained if gpus > n else 0,
         "gathered blocks": gathered,
+        **({"rest of the student": 4 * (P - of_blocks)} if cut else {}),
         "masks, gradient, moments": masks,
         "activations": kept,
         # Of the language model's loss or of the KL: logits, float32 log-softmax, gradient.
         "logits of the vocabulary": T * V * (2 * c + 4) + (0 if load.two_four else T * V * c),
     }
+
+
+def _trained_part(load: Load) -> str:
+    if load.two_four:
+        return "logits of 2:4 masks"
+    return "weights in training" if load.train == "weights" else "adapters"
 
 
 def largest_micro_batch(config: PreTrainedConfig, load: Load, gpus: int, room: float) -> int | None:
@@ -150,6 +166,8 @@ def render_memory(
         shard: `none`, `full`, or `auto`: full where the whole model on each does not fit.
     """
     ways = {"none": [False], "full": [True], "auto": [False, True]}[shard]
+    if load.train == "weights":
+        ways = [False]
     memory = gpu_memory * 1e9
     tried = [replace(load, sharded=sharded and gpus > 1) for sharded in ways]
     chosen = next((way for way in tried if not does_not_fit(config, way, gpus, memory)), tried[-1])

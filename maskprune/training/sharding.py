@@ -49,6 +49,11 @@ def shards(config: PruneConfig | SparsifyConfig, model_config: PreTrainedConfig)
         load = load_of(config)
         if not on_first(lambda: does_not_fit(model_config, load, world_size(), memory)):
             return False
+        if load.train == "weights":
+            raise ValueError(
+                "train is weights, which every process holds whole, and by `maskprune plan` they "
+                f"do not fit {memory / 1e9:.0f} GB; give --train adapters, or --shard none to try"
+            )
     require_shardable()
     return True
 

@@ -21,6 +21,7 @@ from maskprune.choices import LEAST_STEPS
 from maskprune.config import RunConfig
 from maskprune.files import JsonObject
 from maskprune.hf.families import text_config
+from maskprune.hf.quiet import quiet_transformers
 from maskprune.hf.shape import require_positions
 from maskprune.training.checkpoints import mark_complete, remove_old
 from maskprune.training.data import token_blocks
@@ -307,13 +308,14 @@ def training_arguments(
 
 @contextlib.contextmanager
 def quiet_trainer() -> Iterator[None]:
-    """Trainer's own notes about checkpoints would tear the progress bar."""
+    """Trainer's own notes and bars of checkpoints would tear the progress bar."""
     noisy = [logging.getLogger(f"transformers.{name}") for name in ("trainer", "trainer_utils")]
     before = [logger.level for logger in noisy]
     try:
         for logger in noisy:
             logger.setLevel(logging.ERROR)
-        yield
+        with quiet_transformers():
+            yield
     finally:
         for logger, level in zip(noisy, before, strict=True):
             logger.setLevel(level)

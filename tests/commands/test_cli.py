@@ -89,6 +89,24 @@ def test_check_takes_the_masks_that_are_in_the_checkpoint(pruned, place, capsys)
     assert f"masks of {pruned / 'maskprune' / 'masks.safetensors'}" in capsys.readouterr().out
 
 
+def test_prune_trains_weights_and_check_says_what_the_cut_was_compared_at(place, tmp_path, capsys):
+    model, out = str(place / "model"), tmp_path / "out"
+    at = PRUNE.index("--lora-r")
+    settings = PRUNE[:at] + PRUNE[at + 2 :]
+    settings = [*settings, "--train", "weights", "--data", str(place / "text.jsonl")]
+    assert main(["prune", model, "-o", str(out), *settings]) == 0
+    said = capsys.readouterr()
+    assert "before its weights were trained" in said.out
+    assert "Writing model shards" not in said.err
+    record = json.loads((out / "maskprune" / "maskprune.json").read_text())
+    assert record["settings"]["train"] == "weights"
+    assert record["logits_masked_against_exported"]["relative"] < 1e-4
+    assert not (out / "maskprune" / "adapter").exists()
+    assert "before the training of its weights" in (out / "README.md").read_text()
+    assert main(["check", str(out), "--against", model, "--masks", str(out)]) == 0
+    assert "its weights were trained after the cut" in capsys.readouterr().out
+
+
 def test_check_finds_a_checkpoint_that_is_not_equal(pruned, place, tmp_path, capsys):
     from safetensors.torch import load_file, save_file
 

@@ -43,6 +43,7 @@ WAYS: dict[str, dict[str, Any]] = {
         alpha=0.04, gradient_checkpointing=True, warm_start="wanda-sp", steps=20
     ),
     "ffn-only": dict(family="gpt2", sparsity=0.15, steps=20),
+    "weights": dict(method="taylor", train="weights", lora_r=8, learning_rate=1e-3, steps=20),
 }
 SHARDED = ("plain", "hidden", "hidden-checkpointed")
 SPARSIFY = COMMON | dict(steps=20, calibration_blocks=8, gradient_accumulation=2)
@@ -63,9 +64,11 @@ def prune_one(
 
 
 def trained(result: PruneResult) -> dict[str, torch.Tensor]:
-    """Masks and adapters of a run, and what its trace says of the masks' signal."""
+    """Masks and adapters or weights of a run, and what its trace says of the masks' signal."""
     named = result.masked_model.named_parameters()
     adapters = {name: whole(p.detach()).clone() for name, p in named if "lora_" in name}
+    if result.difference is not None:
+        adapters |= {f"own {name}": p.detach() for name, p in result.model.named_parameters()}
     of_signal = [
         value
         for row in result.trace

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 from maskprune.cli import main
 from maskprune.structured.masks import attach_masks
+from maskprune.structured.student import cut_student
 from maskprune.training.memory_plan import Load, largest_micro_batch, memory_parts
 from maskprune.two_four import attach_two_four
 
@@ -87,6 +88,35 @@ def test_planned_bytes_are_those_that_training_holds(two_four, checkpointed):
         model, lambda: decoder(inputs_embeds=embedded, use_cache=False).last_hidden_state
     )
     assert 0.85 * got - slack <= planned <= 1.15 * got, planned / got
+
+
+def test_trained_weights_are_planned_as_the_student_holds_them():
+    model = tiny_model("llama", **SIZES)
+    masks = attach_masks(model).requires_grad_(False)
+    masks.ffn[:, ::2] = 0
+    student, _ = cut_student(model, masks, "mistral")
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    gone = 1 - trained / sum(p.numel() for p in model.get_decoder().layers.parameters())
+    parts = memory_parts(model.config, Load(train="weights", sparsity=gone), 1)
+    # The last norm is trained, too, and is none of a block's.
+    assert abs(parts["weights in training"] - 4 * trained) <= 4 * SIZES["hidden_size"]
+    assert parts["their gradient"] == parts["weights in training"]
+    assert parts["their moments"] == 2 * parts["weights in training"]
+    held = 4 * sum(p.numel() for p in student.parameters())
+    both = parts["weights in training"] + parts["rest of the student"]
+    assert abs(both - held) <= 4 * SIZES["hidden_size"]
+    dense = memory_parts(model.config, Load(), 1)
+    assert parts["weights"] == dense["weights"] and parts["activations"] < dense["activations"]
+
+
+def test_plan_of_trained_weights_shards_nothing(tmp_path, capsys):
+    config = tiny_model("llama", **SIZES).config.to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    call = ["plan", str(tmp_path), "--sparsity", "0.3", "--multiple_of", "8", "--gpus", "2"]
+    assert main([*call, "--train", "weights", "--gpu-memory", "0.003"]) == 0
+    said = capsys.readouterr().out
+    assert "weights in training" in said and "rest of the student" in said
+    assert "does not fit" in said and "--shard full" not in said
 
 
 def test_more_devices_share_the_activations_alone():
