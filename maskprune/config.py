@@ -451,6 +451,9 @@ class PlanConfig(BudgetConfig, _Planned):
         require_least(self, **dict.fromkeys(names, 1))
         require_positive(self, "gpu_memory")
         _require_whole_micro_batches(self)
+        if self.train == "weights" and (self.two_four or self.shard == "full"):
+            what = "2:4 masks train none" if self.two_four else "every process holds them whole"
+            raise ValueError(f"train is weights, and {what}; leave out one of the two")
         if self.two_four and self.gpus is None:
             raise ValueError("--two-four plans memory only; give --gpus N too")
 

@@ -181,8 +181,14 @@ def _changed(info: JsonObject, masks: Masks | None, trace: Sequence[JsonObject])
     elif pruned:
         said.append("Perplexity was not measured; `maskprune eval` measures it for each model.")
     if proof := info.get("logits_masked_against_exported"):
+        trained = (info.get("settings") or {}).get("train") == "weights"
+        whose = (
+            "When the model was cut, before its weights were trained, its"
+            if trained
+            else "The checkpoint's"
+        )
         said.append(
-            f"The checkpoint's logits differ from the masked model's by at most "
+            f"{whose} logits differ{'ed' if trained else ''} from the masked model's by at most "
             f"{proof['largest']:.1e}, of a largest logit of {proof['largest_logit']:.1f}, over "
             f"{number(proof['tokens'])} tokens."
         )

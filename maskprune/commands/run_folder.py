@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from maskprune.config import PruneConfig, RunFiles, SparsifyConfig
+from maskprune.config import ADAPTER_RATE, PruneConfig, RunFiles, SparsifyConfig
 from maskprune.files import JsonObject, locked, output_folder, require_new_folder, write_json
 from maskprune.hf.demo_model import MODEL_NAME, TEXT_NAME, demo_text
 from maskprune.hf.load import load_model, require_finite_weights, resolve_model
@@ -112,7 +112,9 @@ def claim_run_folder(out: Path, inputs: JsonObject, *, resume: bool, anew: bool 
 
 
 # What settings were in runs that began before they existed.
-BEFORE: JsonObject = {"lm_weight": 0.0}
+BEFORE: JsonObject = {"lm_weight": 0.0, "train": "adapters"}
+# Settings that were numbers by default, and are None by default now.
+MEANT = {"learning_rate": ADAPTER_RATE}
 
 
 def _require_same(run: Path, now: JsonObject) -> None:
@@ -125,6 +127,8 @@ def _require_same(run: Path, now: JsonObject) -> None:
         ) from None
     saved = BEFORE | saved
     compared = [k for k in now if k not in MAY_CHANGE and k in saved]
+    same = {k for k in compared if now[k] is None and saved[k] == MEANT.get(k, now[k])}
+    compared = [k for k in compared if k not in same]
     changed = [f"{k} {saved[k]!r} -> {now[k]!r}" for k in compared if saved[k] != now[k]]
     if changed:
         raise ValueError(

@@ -69,9 +69,9 @@ def distill(
     """Loss of the masked model against its unmasked self on `input_ids` (B, T).
 
     Teacher and student run side by side, so only one layer of the teacher's activations is in
-    memory. Under activation checkpointing, which runs layers twice, the teacher runs first and all
-    its hidden states are kept. Logits are computed for a few tokens at a time, unless the head is
-    adapted or has hooks (`Head.obstacle`).
+    memory. Under activation checkpointing, which runs layers twice, and with a `teacher` of its
+    own, the teacher runs first and all its hidden states are kept. Logits are computed for a few
+    tokens at a time, unless the head is adapted or has hooks (`Head.obstacle`).
 
     Args:
         model: transformers causal LM with masks attached, or the PEFT model around it.

@@ -93,7 +93,7 @@ class PruneResult:
         trace: a row per logged step.
         residuals: largest pruned mask before it was set to 0, per kind.
         masked_model: the PEFT model under its masks, for the proof; where weights are trained, as
-            it was when `model` was cut from it.
+            it was when `model` was cut from it, or in a resumed run without the compensation.
         budget: the budget that the shape meets.
         steps: optimizer steps of the whole run.
         difference: where weights are trained, of `model`'s logits from the masked model's when it
@@ -308,7 +308,7 @@ def prune(
             student, dtypes = cut_student(peft_model, masks, config.arch_fallback)
             if checkpoint is None:
                 require_checkpoint_space(run, trained(student))
-                difference = prove_cut(peft_model, student, sample[:4], core.dtype)
+                difference = prove_cut(peft_model, student, blocks[:4].to(device), core.dtype)
                 save_proof(difference, run)
             else:
                 difference = load_proof(run)

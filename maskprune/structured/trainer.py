@@ -17,6 +17,7 @@ from maskprune.structured.distill import DistillLoss, distill
 from maskprune.structured.masks import Masks
 from maskprune.structured.minimax import Minimax
 from maskprune.structured.signal import MaskSignal
+from maskprune.structured.student import load_weights, save_weights
 from maskprune.training.checkpoints import load_solver, save_solver
 from maskprune.training.distributed import as_forward
 from maskprune.training.optimizer import adamw
@@ -163,6 +164,13 @@ class PruneTrainer(BlockTrainer):
             **(self.signal.row(self.solver) if self.signal else {}),
         }
 
+    def _save(self, output_dir: str | None = None, state_dict: JsonObject | None = None) -> None:
+        if self.teacher is None:
+            super()._save(output_dir, state_dict)
+        else:
+            # transformers writes some families under other names than it reads back here.
+            save_weights(Path(output_dir or str(self.args.output_dir)), self.core)
+
     def save_whole(self, folder: Path) -> None:
         """Save masks and solver, which are never sharded."""
         save_solver(folder, dict(self.masks.named_parameters()), self.solver.state_dict())
@@ -171,7 +179,9 @@ class PruneTrainer(BlockTrainer):
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         folder, core = Path(resume_from_checkpoint), self.core
-        if has_states(folder):
+        if self.teacher is not None:
+            load_weights(folder, core)
+        elif has_states(folder):
             load_trained(folder, core)
         elif self.sharded:
             load_adapter(folder, core)

@@ -44,6 +44,9 @@ class Load:
 def load_of(settings: PruneConfig | SparsifyConfig | PlanConfig) -> Load:
     """The part of a command's settings that memory depends on."""
     known = {f.name: getattr(settings, f.name) for f in fields(Load) if hasattr(settings, f.name)}
+    if isinstance(settings, (PruneConfig, PlanConfig)) and settings.sparsity is None:
+        # Of a split by hand, the least that goes of either kind.
+        known["sparsity"] = min(settings.head_sparsity or 0.0, settings.ffn_sparsity or 0.0)
     return Load(**({"two_four": isinstance(settings, SparsifyConfig)} | known))
 
 

@@ -236,6 +236,12 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     getattr(model, new if hasattr(model, new) else old)({"use_reentrant": False})
 
 
+def keep_activations(model: PreTrainedModel) -> None:
+    """Undo `checkpoint_activations`."""
+    new, old = "activation_checkpointing_disable", "gradient_checkpointing_disable"
+    getattr(model, new if hasattr(model, new) else old)()
+
+
 def use_autocast(config: RunConfig, model: PreTrainedModel, device: torch.device) -> bool:
     """Whether to compute in bfloat16: as asked, else where it is faster on this machine."""
     if config.autocast != "auto":

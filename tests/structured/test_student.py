@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import sys
 
 import pytest
 import torch
 from models import VOCAB, tiny_model, tokens
+from torch.utils import checkpoint
 from transformers import TrainerCallback
 
 from maskprune.config import PruneConfig
@@ -116,11 +118,13 @@ def test_its_first_loss_is_that_of_adapters_from_the_same_compensation():
     assert ours.trace[-1]["kl"] != theirs.trace[-1]["kl"]
 
 
-def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(tmp_path):
-    whole = run(tmp_path / "whole", save_steps=12)
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neox"])
+def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(tmp_path, family):
+    small = {"sparsity": 0.15} if family == "gpt_neox" else {}
+    whole = run(tmp_path / "whole", family=family, save_steps=12, **small)
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoint-24")
-    again = run(tmp_path / "again", resume=True, save_steps=12)
+    again = run(tmp_path / "again", family=family, resume=True, save_steps=12, **small)
     assert torch.equal(whole.masks.ffn, again.masks.ffn)
     ours, theirs = again.model.state_dict(), whole.model.state_dict()
     assert ours.keys() == theirs.keys()
@@ -131,7 +135,7 @@ def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(tmp_path):
     assert ours == [{k: v for k, v in r.items() if k != "tokens_per_s"} for r in whole.trace]
 
 
-def test_a_model_in_bfloat16_trains_in_float32_and_is_returned_as_it_came(tmp_path):
+def test_a_model_in_bfloat16_trains_in_float32_and_is_returned_as_it_came():
     seen = []
 
     class Watch(TrainerCallback):
@@ -144,6 +148,19 @@ def test_a_model_in_bfloat16_trains_in_float32_and_is_returned_as_it_came(tmp_pa
     assert seen == [{torch.float32}] * QUICK["steps"]
     assert {p.dtype for p in result.model.parameters()} == {torch.bfloat16}
     assert result.difference.relative < 0.1
+    assert result.model.config.dtype == torch.bfloat16
+
+
+def test_a_model_in_float64_stays_so():
+    result = run(dtype=torch.float64, autocast="none")
+    assert {p.dtype for p in result.model.parameters()} == {torch.float64}
+    assert result.difference.relative < 1e-10
+
+
+def test_a_run_of_adapters_is_not_resumed_as_one_of_weights(tmp_path):
+    run(tmp_path, train="adapters", save_steps=12)
+    with pytest.raises(ValueError, match="that run trained no weights"):
+        run(tmp_path, resume=True, save_steps=12)
 
 
 @pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, {"compensate": False}])
@@ -152,8 +169,22 @@ def test_other_settings_work_with_it(changes):
     assert result.trace[-1]["locked"] and result.difference.relative < 1e-4
 
 
-def test_gradient_checkpointing_changes_no_loss():
-    plain, saving = run(), run(gradient_checkpointing=True)
+def test_gradient_checkpointing_changes_no_loss(monkeypatch):
+    seen, honest = [], checkpoint.checkpoint
+
+    def watched(*args, **kw):
+        seen.append(1)
+        return honest(*args, **kw)
+
+    plain, saving = run(), None
+    for name, module in list(sys.modules.items()):
+        if name.startswith("transformers.") and getattr(module, "checkpoint", None) is honest:
+            monkeypatch.setattr(module, "checkpoint", watched)
+    monkeypatch.setattr(checkpoint, "checkpoint", watched)
+    saving = run(gradient_checkpointing=True)
+    # Three blocks in each of the steps.
+    assert len(seen) == 3 * QUICK["steps"]
+    assert not saving.model.is_gradient_checkpointing
     assert plain.trace[-1]["loss"] == pytest.approx(saving.trace[-1]["loss"], rel=1e-5)
 
 

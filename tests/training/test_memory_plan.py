@@ -109,6 +109,16 @@ def test_trained_weights_are_planned_as_the_student_holds_them():
     assert parts["weights"] == dense["weights"] and parts["activations"] < dense["activations"]
 
 
+@pytest.mark.parametrize("other", [["--two-four"], ["--shard", "full"]])
+def test_plan_refuses_what_trains_no_weights_or_shards_them(tmp_path, capsys, other):
+    config = tiny_model("llama", **SIZES).config.to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    asked = [] if other == ["--two-four"] else ["--sparsity", "0.3"]
+    call = ["plan", str(tmp_path), *asked, "--gpus", "2", "--train", "weights", *other]
+    assert main(call) != 0
+    assert "train is weights" in capsys.readouterr().err
+
+
 def test_plan_of_trained_weights_shards_nothing(tmp_path, capsys):
     config = tiny_model("llama", **SIZES).config.to_dict()
     (tmp_path / "config.json").write_text(json.dumps(config))
