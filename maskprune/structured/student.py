@@ -42,7 +42,7 @@ def cut_student(
 
 
 def finished(student: PreTrainedModel, dtypes: dict[str, torch.dtype]) -> PreTrainedModel:
-    """The trained student in the dtypes of the model it was cut from, no weight asking gradients.
+    """The trained student in the dtypes of the model it was cut from, without gradients held.
 
     Args:
         dtypes: of its parameters and buffers, by name.
