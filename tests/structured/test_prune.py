@@ -7,7 +7,8 @@ import shutil
 
 import pytest
 import torch
-from models import VOCAB, tiny_model, tokens
+from models import tiny_model, tokens
+from short_runs import SHORT, data
 from transformers import TrainerCallback
 
 from maskprune.config import PruneConfig
@@ -17,23 +18,7 @@ from maskprune.structured.prune import prune
 from maskprune.structured.trainer import PruneTrainer
 from maskprune.training import losses
 
-QUICK = dict(
-    method="maskprune",
-    sparsity=0.3,
-    steps=24,
-    batch_size=2,
-    seq_len=16,
-    warm_start_blocks=4,
-    learning_rate=3e-3,
-    logging_steps=4,
-    lora_r=2,
-    autocast="none",
-    multiple_of=4,
-)
-
-
-def data(n: int = 20) -> torch.Tensor:
-    return torch.randint(3, VOCAB, (n, 16), generator=torch.Generator().manual_seed(1))
+QUICK = SHORT | dict(method="maskprune", lora_r=2)
 
 
 def run(tmp_path=None, family="llama", resume=False, **changes):

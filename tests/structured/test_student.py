@@ -7,7 +7,8 @@ import sys
 
 import pytest
 import torch
-from models import VOCAB, tiny_model, tokens
+from models import tiny_model, tokens
+from short_runs import SHORT, data
 from torch.utils import checkpoint
 from transformers import TrainerCallback
 
@@ -19,24 +20,8 @@ from maskprune.structured.masks import attach_masks
 from maskprune.structured.prune import prune
 from maskprune.structured.student import cut_student, finished
 
-QUICK = dict(
-    method="taylor",
-    train="weights",
-    sparsity=0.3,
-    steps=24,
-    batch_size=2,
-    seq_len=16,
-    warm_start_blocks=4,
-    learning_rate=3e-3,
-    logging_steps=4,
-    autocast="none",
-    multiple_of=4,
-)
+QUICK = SHORT | dict(method="taylor", train="weights")
 FAMILIES = ["llama", "qwen2", "gemma3_text", "phi3", "gpt2"]
-
-
-def data(n: int = 20) -> torch.Tensor:
-    return torch.randint(3, VOCAB, (n, 16), generator=torch.Generator().manual_seed(1))
 
 
 def run(tmp_path=None, family="llama", resume=False, dtype=torch.float32, **changes):
