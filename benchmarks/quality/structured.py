@@ -19,8 +19,10 @@ make. Held-out perplexity is on text that no arm read.
 from __future__ import annotations
 
 import gc
+import json
 import sys
 import time
+import zlib
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ from maskprune.hf.families import text_config
 from maskprune.hf.load import load_model
 from maskprune.hf.shape import Shape, shape_of
 from maskprune.structured.prune import prune
+from maskprune.training.checkpoints import newest
 from maskprune.training.data import token_blocks
 from maskprune.training.speed import bfloat16_is_faster
 
@@ -124,10 +127,18 @@ def settings(args: Any, arm: str, seed: int, shape: Shape | None, dense: Shape) 
         "seq_len": args.seq_len,
         "seed": seed,
         "learning_rate": args.learning_rate,
-        "save_steps": 10_000,
+        "save_steps": 50 if args.runs else 10_000,
         "logging_steps": 20,
     }
     return PruneConfig(**split, **(chosen | dict(args.set) | OWN.get(arm, {})))
+
+
+def run_folder(args: Any, arm: str, config: PruneConfig) -> Path | None:
+    """Where a run under --runs keeps its checkpoints: one folder for an arm and its settings."""
+    if args.runs is None:
+        return None
+    told = json.dumps([str(args.model), vars(config)], sort_keys=True, default=str)
+    return Path(args.runs, f"{arm}-{config.seed}-{zlib.crc32(told.encode()):08x}")
 
 
 def one_run(args: Any, arm: str, seed: int, shape: Shape | None) -> tuple[dict[str, Any], Shape]:
@@ -139,8 +150,19 @@ def one_run(args: Any, arm: str, seed: int, shape: Shape | None) -> tuple[dict[s
     blocks = token_blocks(train, tokenizer, args.seq_len, seed=seed)
     started = time.monotonic()
     shuffled = [ShuffleMaskGradients(seed)] if arm.endswith("-shuffled") else []
-    result = prune(model, tokenizer, blocks, config, quiet=args.quiet, callbacks=shuffled)
-    seconds = time.monotonic() - started
+    run = run_folder(args, arm, config)
+    resumed = run is not None and newest(run) is not None
+    result = prune(
+        model,
+        tokenizer,
+        blocks,
+        config,
+        run_dir=run,
+        resume=resumed,
+        quiet=args.quiet,
+        callbacks=shuffled,
+    )
+    seconds = None if resumed else round(time.monotonic() - started, 1)
     settled = [r for r in result.trace if r["locked"]]
     ranking = config.warm_start if config.method == "maskprune" else config.method
     read = 0 if ranking in ("none", "random") else config.warm_start_blocks * args.seq_len
@@ -171,7 +193,7 @@ def one_run(args: Any, arm: str, seed: int, shape: Shape | None) -> tuple[dict[s
         "last_kl": sum(r["kl"] for r in settled[-3:]) / len(settled[-3:]),
         "locked_at": next((r["step"] for r in result.trace if r["locked"]), None),
         "residual": max(result.residuals.values()),
-        "train_seconds": round(seconds, 1),
+        "train_seconds": seconds,
     }
     moved = {
         k: v for k, v in result.trace[-1].items() if k.startswith("moved_") and "rank" not in k
@@ -244,6 +266,13 @@ def main() -> int:
         help="piqa.jsonl, openbookqa.jsonl, boolq.jsonl for lm-eval's accuracy",
     )
     parser.add_argument("--questions", type=int, help="at most, of each file; default: all")
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        metavar="FOLDER",
+        help="keep checkpoints there; the same command goes on where it was killed, and measures "
+        "a finished run again without training it",
+    )
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--windows", type=int, default=20)
     parser.add_argument(

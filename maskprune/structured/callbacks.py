@@ -69,7 +69,6 @@ class LockCallback(TrainerCallback):
     def __init__(self, solver: Minimax, compensation: Callable[[], list[nn.Parameter]]) -> None:
         self.solver, self.compensation = solver, compensation
         self.done = False
-        self.residuals: dict[str, float] | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: object
@@ -87,7 +86,7 @@ class LockCallback(TrainerCallback):
         if self.done or not self.solver.locked or optimizer is None:
             return
         self.done = True
-        self.residuals = self.solver.settle()
+        self.solver.settle()
         for p in self.compensation():
             # The old factors' moments do not apply to the new ones.
             for moment in optimizer.state.get(p, {}).values():

@@ -113,6 +113,7 @@ class Minimax:
             to_ffn=to_ffn,
         )
         self.state = initial_state(y0=1.0, z0=0.0, device=device)
+        self._settled: dict[str, float] | None = None
         self.table = budget.table(device)
         # The FFN masks' tensor version after the last step, raised by any write; None once warned.
         self._left_at: int | None = -1
@@ -256,27 +257,33 @@ class Minimax:
             RuntimeError: the budget is not reached, or the masks are NaN.
         """
         self.require_healthy()
-        left = self.residuals()
+        self._settled = self.residuals()
         for m, final in zip((self.masks.head, self.masks.ffn), self.kept(), strict=True):
             m.copy_(final != 0)
-        return left
+        return self._settled
 
     @torch.no_grad()
     def finish(self) -> dict[str, float]:
-        """Set the pruned masks to exactly 0; returns `residuals()` from before.
+        """Set the pruned masks to exactly 0; returns `residuals()` from before, or from before
+        they settled, be it in an earlier part of a resumed run.
 
         Raises:
             RuntimeError: the budget is not reached, or the masks are NaN.
         """
         self.require_healthy()
-        left = self.residuals()
+        left = self._settled or self.residuals()
         for m, final in zip((self.masks.head, self.masks.ffn), self.kept(), strict=True):
             m.copy_(final)
         return left
 
     def state_dict(self) -> JsonObject:
         """What a resumed run needs besides the masks themselves."""
-        return {"state": self.state.clone(), "fields": list(FIELDS), "rates": vars(self.rates)}
+        return {
+            "state": self.state.clone(),
+            "fields": list(FIELDS),
+            "rates": vars(self.rates),
+            "settled": self._settled,
+        }
 
     def load_state_dict(self, saved: JsonObject) -> None:
         """Continue from `state_dict()` of a solver with the same settings.
@@ -295,3 +302,4 @@ class Minimax:
                 "of the first run"
             )
         self.state.copy_(saved["state"].to(self.state.device))
+        self._settled = saved.get("settled")

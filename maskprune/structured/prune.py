@@ -293,13 +293,12 @@ def prune(
                         solver.lock(one_shot(*ranked, grams=grams))
             if config.compensate and solver.locked:
                 compensation(grams)
-        signal = lock = None
+        signal = None
         if learned:
             signal = MaskSignal(masks, on_first(lambda: first_masks(run, masks)))
             own.append(SignalCallback(signal))
         if settles(config):
-            lock = LockCallback(solver, compensation)
-            own.append(lock)
+            own.append(LockCallback(solver, compensation))
         trainee: nn.Module = peft_model
         student = difference = None
         if config.train == "weights":
@@ -335,8 +334,7 @@ def prune(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         # Trainer leaves its autocast around forward; the proof must run at full precision.
         trainer.accelerator.unwrap_model(trainee, keep_fp32_wrapper=False)
-    left = solver.finish()
-    residuals = lock.residuals if lock is not None and lock.residuals else left
+    residuals = solver.finish()
     peft_model.eval()
     text_config(core.config).use_cache = True
     if student is not None:

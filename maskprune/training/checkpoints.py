@@ -26,7 +26,7 @@ def save_solver(folder: Path, masks: dict[str, torch.Tensor], solver: JsonObject
 
     tensors = {f"masks.{name}": value.detach().cpu().contiguous() for name, value in masks.items()}
     tensors["solver.state"] = solver["state"].cpu()
-    header = {"fields": json.dumps(solver["fields"]), "rates": json.dumps(solver["rates"])}
+    header = {name: json.dumps(solver[name]) for name in ("fields", "rates", "settled")}
     save_file(tensors, folder / "maskprune.safetensors", metadata=header)
 
 
@@ -42,6 +42,7 @@ def load_solver(folder: Path) -> tuple[dict[str, torch.Tensor], JsonObject]:
         "state": tensors["solver.state"],
         "fields": json.loads(meta["fields"]),
         "rates": json.loads(meta["rates"]),
+        "settled": json.loads(meta.get("settled", "null")),
     }
     return masks, solver
 

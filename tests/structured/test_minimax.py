@@ -266,7 +266,10 @@ def test_settled_masks_are_0_and_1_and_stay():
     assert (masks.ffn.gather(1, order[:, : split.ffn]) == 0).all()
     assert ((masks.ffn == 0).sum(1) == split.ffn).all()
     assert ((masks.head == 0).sum(1) == split.head).all()
-    assert left["ffn"] >= 0 and solver.finish() == {"head": 0.0, "ffn": 0.0}
+    assert left["ffn"] > 0 and solver.residuals() == {"head": 0.0, "ffn": 0.0}
+    masks, _, resumed = simulate(ARCHITECTURES["mha"], 0.25, 100)
+    resumed.load_state_dict(solver.state_dict())
+    assert solver.finish() == resumed.finish() == left
 
 
 def test_masks_do_not_settle_before_the_budget_is_reached():
