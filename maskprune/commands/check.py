@@ -96,7 +96,8 @@ def check(
     _check_generation(model, tokenizer, findings)
     if against is not None:
         if proof := _trained_after_cut(folder):
-            findings.notes.append(f"not compared with {against}: {proof}")
+            findings.notes.append(f"logits not compared with {against}: {proof}")
+            _check_frozen(model, against, findings)
         else:
             masks_file = masks_file or _own_masks(folder)
             _check_equal(model, tokenizer, against, masks_file, folder, findings)
@@ -151,6 +152,23 @@ def _trained_after_cut(folder: Path) -> str | None:
     return (
         "its weights were trained after the cut, so no masked model has its logits; when it was "
         f"cut they differed from the masked model's by {largest:.2e} at most"
+    )
+
+
+def _check_frozen(model: PreTrainedModel, against: str, findings: Findings) -> None:
+    """Whether what no run trains, the embeddings and the output head, is the original's."""
+    from maskprune.hf.load import load_model
+
+    def frozen(model: PreTrainedModel) -> list[Any]:
+        modules: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+        return [module.weight for module in modules]
+
+    origin, _ = load_model(against, dtype=str(model.dtype).removeprefix("torch."))
+    findings.say(
+        all(map(torch.equal, frozen(model), frozen(origin))),
+        f"token embeddings and output head are those of {against}, bit for bit",
+        f"token embeddings or output head are not those of {against}; give the model that the run "
+        "began with",
     )
 
 

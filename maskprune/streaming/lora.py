@@ -17,6 +17,7 @@ import torch
 from maskprune.files import JsonObject, own_file
 from maskprune.hf.adapters import unmergeable
 from maskprune.streaming.safetensors_file import Stored, read_header
+from maskprune.structured.masks import MASKS_FILE
 
 ADAPTER_NAME = "adapter_model.safetensors"
 TORCH_DTYPES = {
@@ -74,8 +75,14 @@ def read_adapter(folder: Path) -> dict[str, Lora]:
     Raises:
         ValueError: no plain LoRA adapter in safetensors; says what to do.
     """
-    if not (folder / "adapter_config.json").is_file() and own_file(folder, "adapter").is_dir():
-        folder = own_file(folder, "adapter")
+    if not (folder / "adapter_config.json").is_file():
+        if own_file(folder, "adapter").is_dir():
+            folder = own_file(folder, "adapter")
+        elif own_file(folder, MASKS_FILE).is_file():
+            raise ValueError(
+                f"{folder} holds masks but no adapter; a run with --train weights keeps none, and "
+                "its own checkpoint is the result: copy that"
+            )
     config = _read_config(folder)
     path = folder / ADAPTER_NAME
     if not path.is_file():

@@ -104,7 +104,22 @@ def test_prune_trains_weights_and_check_says_what_the_cut_was_compared_at(place,
     assert not (out / "maskprune" / "adapter").exists()
     assert "before the training of its weights" in (out / "README.md").read_text()
     assert main(["check", str(out), "--against", model, "--masks", str(out)]) == 0
-    assert "its weights were trained after the cut" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "its weights were trained after the cut" in said
+    assert f"token embeddings and output head are those of {model}, bit for bit" in said
+    other = tmp_path / "other"
+    write_checkpoint(other, seed=1, num_hidden_layers=3)
+    assert main(["check", str(out), "--against", str(other)]) == 1
+    assert f"FAIL  token embeddings or output head are not those of {other}" in (
+        capsys.readouterr().out
+    )
+    assert main(["check", str(out), "--against", str(tmp_path / "none")]) == 2
+    masks = str(out / "maskprune" / "masks.safetensors")
+    again = [model, "--masks", masks, "--adapter", str(out), "-o", str(tmp_path / "again")]
+    assert main(["export", *again]) == 2
+    said = capsys.readouterr().err
+    assert "a run with --train weights keeps none" in said and "copy that" in said
+    assert not (tmp_path / "again").exists()
 
 
 def test_check_finds_a_checkpoint_that_is_not_equal(pruned, place, tmp_path, capsys):
