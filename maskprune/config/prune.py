@@ -84,6 +84,11 @@ class PruneConfig(RunConfig, BudgetConfig):
     compensation_tokens: int | None = setting(
         None, "Tokens that the compensation is fitted to; 32 per FFN unit of a layer by default."
     )
+    refine_passes: int = setting(
+        0,
+        "After it, passes over its text in which each block in turn learns to give the dense"
+        " block's output.",
+    )
     lora_alpha: int = setting(8, "Scale of the adapters is lora_alpha / lora_r.")
     lora_targets: str = setting(
         "all-linear",
@@ -145,6 +150,7 @@ class PruneConfig(RunConfig, BudgetConfig):
             output_r=1,
             compensation_tokens=1,
             interval=1,
+            refine_passes=0,
             alpha=0,
             lm_weight=0,
             warmup=0,
@@ -156,6 +162,11 @@ class PruneConfig(RunConfig, BudgetConfig):
             raise ValueError(f"lm_weight is {self.lm_weight}; expected a share from 0 to 1")
         if self.warmup > 1:
             raise ValueError(f"warmup is {self.warmup}; expected a share of the run up to 1")
+        if self.refine_passes and not self.compensate:
+            raise ValueError(
+                f"refine_passes is {self.refine_passes} without the compensation, after which it "
+                "comes; leave out one of the two"
+            )
         if self.train == "weights":
             self._require_trainable_weights()
 

@@ -57,17 +57,17 @@ class PruneCallback(TrainerCallback):
 
 
 class LockCallback(TrainerCallback):
-    """Settles the masks and resets the output adapters, once, when the shape is final.
+    """Settles the masks and resets the adapters, once, when the shape is final.
 
     Until then each step synchronises with the device to ask the solver. A run resumed from a
     checkpoint whose shape was final has done this already.
 
     Args:
-        compensation: sets the adapters, returns the parameters that it set.
+        reset: sets the adapters, returns the parameters that it set.
     """
 
-    def __init__(self, solver: Minimax, compensation: Callable[[], list[nn.Parameter]]) -> None:
-        self.solver, self.compensation = solver, compensation
+    def __init__(self, solver: Minimax, reset: Callable[[], list[nn.Parameter]]) -> None:
+        self.solver, self.reset = solver, reset
         self.done = False
 
     def on_train_begin(
@@ -87,7 +87,7 @@ class LockCallback(TrainerCallback):
             return
         self.done = True
         self.solver.settle()
-        for p in self.compensation():
+        for p in self.reset():
             # The old factors' moments do not apply to the new ones.
             for moment in optimizer.state.get(p, {}).values():
                 moment.zero_()

@@ -30,9 +30,11 @@ from maskprune.structured.callbacks import (
     SignalCallback,
 )
 from maskprune.structured.compensation import compensate, shared_grams
+from maskprune.structured.distill import teacher_mode
 from maskprune.structured.export import export
 from maskprune.structured.masks import Masks, attach_masks, load_masks
 from maskprune.structured.minimax import Minimax
+from maskprune.structured.refine import refine
 from maskprune.structured.saliency import Grams, one_shot, warm_start
 from maskprune.structured.signal import MaskSignal
 from maskprune.structured.student import (
@@ -201,6 +203,11 @@ def prune(
     require_optimizer(config.optimizer_bits)
     join_run(config, core)
     sharded = shards(config, core.config)
+    if sharded and config.refine_passes:
+        raise ValueError(
+            f"refine_passes is {config.refine_passes}, and every process refines whole blocks; "
+            "with the model spread over processes give --refine-passes 0"
+        )
     quiet = quiet or rank() > 0
     budget = Budget.of(core, config)
     require_ranks(core.config, lora_r=config.lora_r, output_r=config.output_r)
@@ -260,13 +267,15 @@ def prune(
             require_checkpoint_space(run, trained(core))
         sample = blocks[: config.warm_start_blocks].to(device)
 
+        # Blocks that the compensation and the refinement read.
+        calibration = -(-(config.compensation_tokens or 32 * masks.shape.ffn) // blocks.shape[1])
+
         def computing() -> torch.autocast:
             return torch.autocast(device.type, torch.bfloat16, enabled=autocast)
 
         def compensation(summed: Grams | None = None) -> list[nn.Parameter]:
-            tokens = config.compensation_tokens or 32 * masks.shape.ffn
             read = len(sample) if summed else 0
-            fitted = blocks[read : max(read, -(-tokens // blocks.shape[1]))].to(device)
+            fitted = blocks[read : max(read, calibration)].to(device)
             what = "compensating for the pruned units"
             with (
                 trace.outside_steps(),
@@ -274,6 +283,34 @@ def prune(
                 reporting(what, sample[:read].numel() + fitted.numel(), quiet) as progress,
             ):
                 return compensate(peft_model, masks, solver.kept(), fitted, progress, summed=summed)
+
+        def refinement(student: nn.Module) -> None:
+            read = blocks[:calibration].to(device)
+            what = "refining each block"
+            tokens = config.refine_passes * read.numel()
+            with (
+                trace.outside_steps(),
+                computing(),
+                reporting(what, tokens, quiet, unit="block") as progress,
+            ):
+                refine(
+                    student,
+                    peft_model,
+                    lambda: teacher_mode(peft_model, masks),
+                    read,
+                    passes=config.refine_passes,
+                    learning_rate=config.rate(text_config(core.config).hidden_size),
+                    batch_size=config.batch_size,
+                    seed=config.seed,
+                    progress=progress,
+                )
+
+        def settled() -> list[nn.Parameter]:
+            changed = compensation()
+            if config.refine_passes:
+                refinement(peft_model)
+                changed = list(trained(core))
+            return changed
 
         trace = TraceCallback(run / "trace.jsonl", config, quiet, _progress_line)
         own: list[TrainerCallback] = [PruneCallback(solver, config.max_grad_norm)]
@@ -298,7 +335,7 @@ def prune(
             signal = MaskSignal(masks, on_first(lambda: first_masks(run, masks)))
             own.append(SignalCallback(signal))
         if settles(config):
-            own.append(LockCallback(solver, compensation))
+            own.append(LockCallback(solver, settled))
         trainee: nn.Module = peft_model
         student = difference = None
         if config.train == "weights":
@@ -309,12 +346,16 @@ def prune(
                 require_checkpoint_space(run, trained(student))
                 difference = prove_cut(peft_model, student, blocks[:4].to(device), core.dtype)
                 save_proof(difference, run)
+                if config.refine_passes:
+                    refinement(student)
             else:
                 difference = load_proof(run)
             if config.gradient_checkpointing:
                 checkpoint_activations(student)
             trainee = student
-        elif not learned and not sharded:
+        elif config.refine_passes and not learned and checkpoint is None:
+            refinement(peft_model)
+        if config.train == "adapters" and not learned and not sharded:
             kept_units = KeptUnitsCallback(peft_model, masks)
             own.append(kept_units)
             stack.callback(lambda: kept_units.put_back())

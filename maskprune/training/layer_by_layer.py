@@ -141,7 +141,7 @@ class Walk:
         Where gradients are on, as in `down`: kernels that torch chooses by that are the same.
         """
         for i, x in enumerate(self.hidden):
-            out = self._block(index, self._arriving(x)).detach()
+            out = self.block(index, self._arriving(x)).detach()
             if replace:
                 self.hidden[i] = out.to(x.device)
 
@@ -183,14 +183,15 @@ class Walk:
             with self.turn(index):
                 for i, h in enumerate(inputs.pop()):
                     x = self._arriving(h)
-                    self._block(index, x).backward(gradients[i].to(x.device))
+                    self.block(index, x).backward(gradients[i].to(x.device))
                     gradients[i] = _gradient(x).to(h.device)
                 done(index)
 
     def _arriving(self, x: torch.Tensor) -> torch.Tensor:
         return x.detach().to(self.device).requires_grad_(torch.is_grad_enabled())
 
-    def _block(self, index: int, x: torch.Tensor) -> torch.Tensor:
+    def block(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """A block's output of one batch, in its turn; with the graph where gradients are on."""
         args, kwargs = self.calls[len(x)][index]
         out = self.layers[index](x, *args, **kwargs)
         hidden: torch.Tensor = out[0] if isinstance(out, tuple) else out

@@ -43,7 +43,9 @@ WAYS: dict[str, dict[str, Any]] = {
         alpha=0.04, gradient_checkpointing=True, warm_start="wanda-sp", steps=20
     ),
     "ffn-only": dict(family="gpt2", sparsity=0.15, steps=20),
-    "weights": dict(method="taylor", train="weights", lora_r=8, learning_rate=1e-3, steps=20),
+    "weights": dict(
+        method="taylor", train="weights", lora_r=8, learning_rate=1e-3, steps=20, refine_passes=2
+    ),
 }
 SHARDED = ("plain", "hidden", "hidden-checkpointed")
 SPARSIFY = COMMON | dict(steps=20, calibration_blocks=8, gradient_accumulation=2)
