@@ -1,10 +1,12 @@
 """Each block in turn learns to give the dense block's output, before the whole model trains.
 
 Block-wise reconstruction, which BRECQ (Li et al., arXiv 2102.05426) does for quantised models: with
-h_l (B, T, d) the dense model's hidden states after block l and h'_l the pruned one's, block l is
-trained to minimise || block'_l(h'_{l-1}) - h_l ||^2 / || h_l - h_{l-1} ||^2. A block reads what the
-blocks refined before it give, so it also makes up for what they still lack. It takes no logits, and
-memory for one block's training and the hidden states of all tokens.
+h_l (d,) the dense model's hidden state of a token after block l and h'_l the pruned one's, block l
+is trained to minimise the sum over tokens of || block'_l(h'_{l-1}) - h_l ||^2 / || h_l ||^2, the
+error as the next norm sees it: in many models a few tokens have states a thousand times larger than
+others. A block reads what the blocks refined before it give, so it also makes up for what they
+still lack. It takes no logits, and memory for one block's training and the hidden states of all
+tokens.
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ def refine(
         progress: called after each of the model's blocks with (blocks done, blocks in all).
 
     Returns:
-        The loss above of each block in its last pass, of this rank's share of the text.
+        The loss of each block in its last pass, of this rank's share of the text, over what it
+        would be if the dense block did nothing: || h_{l-1} - h_l ||^2 in place of the error.
 
     Raises:
         FloatingPointError: the loss of a block is not finite; names it.
@@ -75,7 +78,7 @@ def refine(
         inputs = dense.hidden[:]
         with teaching():
             dense.run(index, replace=True)
-        moved = torch.stack(list(map(_distance, dense.hidden, inputs))).mean()
+        moved = torch.stack(list(map(_distance, inputs, dense.hidden))).mean()
         sum_shares(batches[0], moved)
         trained = [p for p in block.parameters() if p.requires_grad]
         optimizer = adamw(trained, 32, lr=learning_rate)
@@ -106,9 +109,11 @@ def refine(
     return losses
 
 
-def _distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The sum of squared differences, in float32."""
-    return (a.float() - b.to(a.device).float()).square().sum()
+def _distance(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """The squared errors of all tokens, each over the square of what is wanted, in float32."""
+    wanted = wanted.to(states.device).float()
+    errors = (states.float() - wanted).square().sum(-1)
+    return (errors / wanted.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)).sum()
 
 
 def _rate(done: float) -> float:
