@@ -19,6 +19,11 @@ RESULTS = Path(__file__).parents[1] / "results" / "quality_small.jsonl"
 ARMS = {
     "taylor-split-compensated": ("Taylor at once", "#0072B2"),
     "taylor-split-compensated, weights": ("Taylor at once, all weights trained", "#56B4E9"),
+    "taylor-split-compensated, refined": ("Taylor at once, blocks refined", "#332288"),
+    "taylor-split-compensated, weights, refined": (
+        "Taylor at once, refined, all weights trained",
+        "#882255",
+    ),
     "wanda-sp-split-compensated": ("Wanda-sp at once", "#009E73"),
     "random-split-compensated": ("random at once", "#8A8A8A"),
     "maskprune": ("masks learned", "#D55E00"),
@@ -39,6 +44,7 @@ def points(rows: Iterable[dict[str, Any]], sparsity: float) -> Points:
     for row in rows:
         trained = row.get("train", "adapters")
         arm = row["provider"] + (", weights" if trained == "weights" else "")
+        arm += ", refined" if row.get("refine_passes") else ""
         if arm not in ARMS or row["learning_rate"] != RATES[trained]:
             continue
         if abs(row["sparsity"] - sparsity) < 0.01:

@@ -185,6 +185,7 @@ def one_run(args: Any, arm: str, seed: int, shape: Shape | None) -> tuple[dict[s
         "learning_rate": config.rate(text_config(model.config).hidden_size),
         "output_r": config.output_r,
         "compensate": config.compensate,
+        "refine_passes": config.refine_passes,
         "lm_weight": config.lm_weight,
         "warm_start": config.warm_start if config.method == "maskprune" else None,
         "mask_optimizer": config.mask_adam if config.method == "maskprune" else None,

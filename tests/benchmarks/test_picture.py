@@ -18,11 +18,13 @@ def test_seeds_stand_together_in_the_order_of_tokens_and_other_settings_are_left
         row | {"tokens_read": 1000, "ppl_held_out": 99.0, "train": "weights"},
         row
         | {"tokens_read": 1000, "ppl_held_out": 48.0, "train": "weights", "learning_rate": 2e-3},
+        row | {"tokens_read": 1000, "ppl_held_out": 47.0, "refine_passes": 3},
     ]
     found = picture.points(rows[1:], 0.5)
     assert found == {
         "taylor-split-compensated": {1000: [51.0, 52.0], 2000: [49.0]},
         "taylor-split-compensated, weights": {1000: [48.0]},
+        "taylor-split-compensated, refined": {1000: [47.0]},
     }
     assert list(found["taylor-split-compensated"]) == [1000, 2000]
 
