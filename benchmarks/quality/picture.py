@@ -18,8 +18,8 @@ RESULTS = Path(__file__).parents[1] / "results" / "quality_small.jsonl"
 # Arms in the order of the legend, each with its name and colour.
 ARMS = {
     "taylor-split-compensated": ("Taylor at once", "#0072B2"),
-    "taylor-split-compensated, weights": ("Taylor at once, all weights trained", "#56B4E9"),
-    "taylor-split-compensated, refined": ("Taylor at once, blocks refined", "#332288"),
+    "taylor-split-compensated, weights": ("Taylor at once, all weights", "#56B4E9"),
+    "taylor-split-compensated, refined": ("Taylor at once, refined", "#332288"),
     "taylor-split-compensated, weights, refined": (
         "Taylor at once, refined, all weights trained",
         "#882255",
