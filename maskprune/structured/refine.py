@@ -92,10 +92,12 @@ def refine(
                     loss = _distance(output, dense.hidden[i]) / moved
                     gradients = torch.autograd.grad(loss, trained, materialize_grads=True)
                     for p, gradient in zip(trained, gradients, strict=True):
-                        sum_shares(batches[i], gradient)
-                        p.grad = gradient
+                        p.grad = gradient.contiguous()
+                        sum_shares(batches[i], p.grad)
                     optimizer.step()
                     optimizer.zero_grad()
+                    # Autocast keeps what it cast of the weights before the step.
+                    torch.clear_autocast_cache()
                     last += loss.detach() / len(batches)
             with torch.no_grad():
                 own.run(index, replace=True)

@@ -272,8 +272,10 @@ def test_a_run_from_before_a_setting_existed_keeps_what_it_did_then(place, capsy
     said(capsys)
     settings = place / "out.run" / "settings.json"
     older = json.loads(settings.read_text())
-    assert older.pop("lm_weight") == 0.3
+    assert older.pop("lm_weight") == 0.3 and older.pop("refine_passes") == 0
     settings.write_text(json.dumps(older))
+    assert prune(place, "--resume", "--refine-passes", "2") == 2
+    assert "refine_passes 0 -> 2" in said(capsys)
     assert prune(place, "--resume") == 2
     assert "lm_weight 0.0 -> 0.3" in said(capsys)
     assert prune(place, "--resume", "--lm-weight", "0") == 0

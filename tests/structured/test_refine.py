@@ -109,6 +109,15 @@ def test_the_loss_is_the_distance_of_the_outputs_over_what_the_dense_block_adds(
         assert loss == pytest.approx(float(off / added), rel=1e-4)
 
 
+def test_it_learns_under_autocast():
+    losses = []
+    for passes, rate in ((1, 1e-12), (20, 3e-3)):
+        student, teacher = pair()
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(refined(student, teacher, passes=passes, rate=rate))
+    assert all(b < 0.8 * a for a, b in zip(*losses, strict=True))
+
+
 def test_a_student_that_is_the_teacher_is_left_as_it_is():
     teacher = tiny_model("llama", num_hidden_layers=3).requires_grad_(False)
     student = tiny_model("llama", num_hidden_layers=3)
