@@ -21,7 +21,7 @@ ARMS = {
     "taylor-split-compensated, weights": ("Taylor at once, all weights", "#56B4E9"),
     "taylor-split-compensated, refined": ("Taylor at once, refined", "#332288"),
     "taylor-split-compensated, weights, refined": (
-        "Taylor at once, refined, all weights trained",
+        "Taylor at once, refined, all weights",
         "#882255",
     ),
     "wanda-sp-split-compensated": ("Wanda-sp at once", "#009E73"),
