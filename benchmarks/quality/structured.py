@@ -32,6 +32,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from benchmarks.harness import Parser, environment, fix_threads, write_rows
+from benchmarks.harness.machine import machine
 from benchmarks.harness.rows import MEASURED
 from benchmarks.quality import gemma, small_llama
 from benchmarks.quality.zero_shot import REPORTED, accuracies
@@ -93,12 +94,14 @@ class ShuffleMaskGradients(TrainerCallback):
     """Permutes each row's mask gradients before the optimizer sees them."""
 
     def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
+        self.seed = seed
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         modules = dict(kw["model"].named_modules())
         masks = next(m for name, m in modules.items() if name.endswith("maskprune"))
-        shuffle_gradients(masks, self.generator)
+        # By the step, so that a resumed run draws what a whole one does.
+        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * state.global_step)
+        shuffle_gradients(masks, generator)
 
 
 def load(name: str) -> tuple[Any, Any]:
@@ -133,12 +136,27 @@ def settings(args: Any, arm: str, seed: int, shape: Shape | None, dense: Shape) 
     return PruneConfig(**split, **(chosen | dict(args.set) | OWN.get(arm, {})))
 
 
-def run_folder(args: Any, arm: str, config: PruneConfig) -> Path | None:
-    """Where a run under --runs keeps its checkpoints: one folder for an arm and its settings."""
+def run_folder(
+    args: Any, arm: str, config: PruneConfig, model: nn.Module, blocks: torch.Tensor
+) -> Path | None:
+    """Where a run under --runs keeps its checkpoints: a folder for an arm, its settings, the
+    model's weights and the text."""
     if args.runs is None:
         return None
     told = json.dumps([str(args.model), vars(config)], sort_keys=True, default=str)
-    return Path(args.runs, f"{arm}-{config.seed}-{zlib.crc32(told.encode()):08x}")
+    key = zlib.crc32(told.encode())
+    for tensor in (blocks, *model.parameters()):
+        key = zlib.crc32(tensor.detach().contiguous().view(torch.uint8).numpy(), key)
+    return Path(args.runs, f"{arm}-{config.seed}-{key:08x}")
+
+
+def commit_of(run: Path) -> str:
+    """The commit that a run under --runs began at, kept in its folder."""
+    file, now = run / "commit.txt", str(machine("cpu")["commit"])
+    if not file.is_file():
+        run.mkdir(parents=True, exist_ok=True)
+        file.write_text(now)
+    return file.read_text()
 
 
 def one_run(args: Any, arm: str, seed: int, shape: Shape | None) -> tuple[dict[str, Any], Shape]:
@@ -150,8 +168,9 @@ def one_run(args: Any, arm: str, seed: int, shape: Shape | None) -> tuple[dict[s
     blocks = token_blocks(train, tokenizer, args.seq_len, seed=seed)
     started = time.monotonic()
     shuffled = [ShuffleMaskGradients(seed)] if arm.endswith("-shuffled") else []
-    run = run_folder(args, arm, config)
+    run = run_folder(args, arm, config, model, blocks)
     resumed = run is not None and newest(run) is not None
+    began = {} if run is None else {"commit": commit_of(run)}
     result = prune(
         model,
         tokenizer,
@@ -202,7 +221,7 @@ def one_run(args: Any, arm: str, seed: int, shape: Shape | None) -> tuple[dict[s
     signals = [r["signal_ffn"] for r in result.trace if "signal_ffn" in r and not r["locked"]]
     row |= moved | ({"signal_ffn": sum(signals) / len(signals)} if signals else {})
     row |= {f"set_{n}": v for n, v in (dict(args.set) | OWN.get(arm, {})).items()}
-    row |= qualities(args, result.model, tokenizer, held_out)
+    row |= began | qualities(args, result.model, tokenizer, held_out)
     return row, result.shape
 
 
@@ -272,7 +291,7 @@ def main() -> int:
         type=Path,
         metavar="FOLDER",
         help="keep checkpoints there; the same command goes on where it was killed, and measures "
-        "a finished run again without training it",
+        "a finished run again without training it; rows name the commit that a run began at",
     )
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--windows", type=int, default=20)

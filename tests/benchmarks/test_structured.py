@@ -62,27 +62,34 @@ def one_run(monkeypatch):
         ("taylor-split-compensated", {}),
         ("taylor-split-compensated", {"train": "weights"}),
         ("maskprune", {"reach": 0.3}),
+        ("maskprune-shuffled", {"reach": 0.9}),
     ],
 )
 def test_a_killed_run_goes_on_to_the_bit_and_a_finished_one_is_only_measured(
-    tmp_path, one_run, arm, chosen
+    tmp_path, one_run, monkeypatch, arm, chosen
 ):
     whole, weights, steps = one_run(None, arm, **chosen)
     assert steps == 60 and whole["train_seconds"] > 0
+    monkeypatch.setattr(structured, "machine", lambda device: {"commit": "first"})
     with pytest.raises(KeyboardInterrupt):
         one_run(tmp_path, arm, killed_at=55, **chosen)
+    monkeypatch.setattr(structured, "machine", lambda device: {"commit": "later"})
     again, same, steps = one_run(tmp_path, arm, **chosen)
     assert steps == 10
     measured, also, steps = one_run(tmp_path, arm, **chosen)
     assert steps == 0
     for row, tensors in ((again, same), (measured, also)):
-        assert row == whole | {"train_seconds": None}
+        assert row == whole | {"train_seconds": None, "commit": "first"}
         assert tensors.keys() == weights.keys()
         assert all(torch.equal(tensors[n], w) for n, w in weights.items())
 
 
-def test_other_settings_take_another_folder(tmp_path, one_run):
+def test_other_settings_another_model_or_text_take_another_folder(tmp_path, one_run, monkeypatch):
     one_run(tmp_path)
     for changed in ({"steps": 61}, {"lm_weight": 0.0}, {"arm": "random-split-compensated"}):
         assert one_run(tmp_path, **changed)[2] == changed.get("steps", 60)
-    assert len(list(tmp_path.iterdir())) == 4
+    monkeypatch.setattr(structured, "load", lambda name: (tiny_model("llama", seed=1), None))
+    assert one_run(tmp_path)[2] == 60
+    monkeypatch.setattr(structured, "token_blocks", lambda *_, **__: tokens(160, 16, seed=1))
+    assert one_run(tmp_path)[2] == 60
+    assert len(list(tmp_path.iterdir())) == 6
