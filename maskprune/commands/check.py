@@ -156,12 +156,13 @@ def _trained_after_cut(folder: Path) -> str | None:
 
 
 def _check_frozen(model: PreTrainedModel, against: str, findings: Findings) -> None:
-    """Whether what no run trains, the embeddings and the output head, is the original's."""
+    """Whether what no run trains, the token embeddings and the output head, is the original's."""
     from maskprune.hf.load import load_model
 
     def frozen(model: PreTrainedModel) -> list[Any]:
         modules: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
-        return [module.weight for module in modules]
+        biases = [m.bias for m in modules if getattr(m, "bias", None) is not None]
+        return [module.weight for module in modules] + biases
 
     origin, _ = load_model(against, dtype=str(model.dtype).removeprefix("torch."))
     findings.say(
