@@ -86,8 +86,8 @@ class PruneConfig(RunConfig, BudgetConfig):
     )
     refine_passes: int = setting(
         0,
-        "After it, passes over its text in which each block in turn learns to give the dense"
-        " block's output.",
+        "After the compensation, passes over its text in which each block in turn learns to give"
+        " the dense block's output.",
     )
     lora_alpha: int = setting(8, "Scale of the adapters is lora_alpha / lora_r.")
     lora_targets: str = setting(
@@ -166,6 +166,11 @@ class PruneConfig(RunConfig, BudgetConfig):
             raise ValueError(
                 f"refine_passes is {self.refine_passes} without the compensation, after which it "
                 "comes; leave out one of the two"
+            )
+        if self.refine_passes and self.shard == "full":
+            raise ValueError(
+                f"refine_passes is {self.refine_passes}, in which every process holds whole blocks,"
+                " and shard is full; give --shard none, or --refine-passes 0"
             )
         if self.train == "weights":
             self._require_trainable_weights()

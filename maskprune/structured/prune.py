@@ -190,7 +190,8 @@ def prune(
 
     Raises:
         ValueError: settings or data that cannot work, before any training.
-        FloatingPointError: the loss diverged; names the step. The checkpoints remain.
+        FloatingPointError: the loss diverged; names the step, or the block that was refined. The
+            checkpoints remain.
 
     Source: MaskPrune (arXiv 2502.14008), Algorithm 1 and section 3.3.
     """
@@ -203,11 +204,6 @@ def prune(
     require_optimizer(config.optimizer_bits)
     join_run(config, core)
     sharded = shards(config, core.config)
-    if sharded and config.refine_passes:
-        raise ValueError(
-            f"refine_passes is {config.refine_passes}, and every process refines whole blocks; "
-            "with the model spread over processes give --refine-passes 0"
-        )
     quiet = quiet or rank() > 0
     budget = Budget.of(core, config)
     require_ranks(core.config, lora_r=config.lora_r, output_r=config.output_r)
@@ -267,15 +263,17 @@ def prune(
             require_checkpoint_space(run, trained(core))
         sample = blocks[: config.warm_start_blocks].to(device)
 
-        # Blocks that the compensation and the refinement read.
+        # How many of the blocks the compensation reads, and after it the refinement.
         calibration = -(-(config.compensation_tokens or 32 * masks.shape.ffn) // blocks.shape[1])
 
         def computing() -> torch.autocast:
             return torch.autocast(device.type, torch.bfloat16, enabled=autocast)
 
         def compensation(summed: Grams | None = None) -> list[nn.Parameter]:
+            nonlocal calibration
             read = len(sample) if summed else 0
-            fitted = blocks[read : max(read, calibration)].to(device)
+            calibration = max(read, calibration)
+            fitted = blocks[read:calibration].to(device)
             what = "compensating for the pruned units"
             with (
                 trace.outside_steps(),
@@ -286,14 +284,13 @@ def prune(
 
         def refinement(student: nn.Module) -> None:
             read = blocks[:calibration].to(device)
-            what = "refining each block"
-            tokens = config.refine_passes * read.numel()
+            what = f"refining each block, {config.refine_passes} times"
             with (
                 trace.outside_steps(),
                 computing(),
-                reporting(what, tokens, quiet, unit="block") as progress,
+                reporting(what, read.numel(), quiet, unit="block") as progress,
             ):
-                refine(
+                losses = refine(
                     student,
                     peft_model,
                     lambda: teacher_mode(peft_model, masks),
@@ -301,11 +298,18 @@ def prune(
                     passes=config.refine_passes,
                     learning_rate=config.rate(text_config(core.config).hidden_size),
                     batch_size=config.batch_size,
+                    gradient_accumulation=config.gradient_accumulation,
                     seed=config.seed,
                     progress=progress,
                 )
+            first, last = (sum(each) / len(losses) for each in zip(*losses, strict=True))
+            note(
+                f"blocks' distance from the dense ones {first:.4f} in the first pass, {last:.4f} "
+                "at the end (1 is a block that does nothing)",
+                quiet,
+            )
 
-        def settled() -> list[nn.Parameter]:
+        def start_anew() -> list[nn.Parameter]:
             changed = compensation()
             if config.refine_passes:
                 refinement(peft_model)
@@ -335,7 +339,7 @@ def prune(
             signal = MaskSignal(masks, on_first(lambda: first_masks(run, masks)))
             own.append(SignalCallback(signal))
         if settles(config):
-            own.append(LockCallback(solver, settled))
+            own.append(LockCallback(solver, start_anew))
         trainee: nn.Module = peft_model
         student = difference = None
         if config.train == "weights":

@@ -74,7 +74,7 @@ class Walk:
     """The blocks of a model, each in its turn run on all batches.
 
     Between two turns it holds the hidden states of all tokens: on the device up to `STATES_SHARE`
-    of its free memory, else where the model is. What is not in a block (embeddings, what makes the
+    of its free memory, else in the host's. What is not in a block (embeddings, what makes the
     blocks' other arguments, the last norm, the head) is on the device at the beginning and for
     `top`. So results equal, to the bit, those of a model that is whole on the device.
 
@@ -229,7 +229,8 @@ class Walk:
             return self.hidden[0].device
         tokens = sum(ids.numel() for ids in self.ids)
         needed = self.depths * tokens * x.shape[-1] * x.element_size()
-        return self.device if needed <= STATES_SHARE * free_bytes(self.device) else self.home
+        fits = needed <= STATES_SHARE * free_bytes(self.device)
+        return self.device if fits else torch.device("cpu")
 
     @contextlib.contextmanager
     def _instead(self, forward: Callable[..., torch.Tensor]) -> Iterator[None]:

@@ -54,6 +54,12 @@ def shards(config: PruneConfig | SparsifyConfig, model_config: PreTrainedConfig)
                 "train is weights, which every process holds whole, and by `maskprune plan` they "
                 f"do not fit {memory / 1e9:.0f} GB; give --train adapters, or --shard none to try"
             )
+        if isinstance(config, PruneConfig) and config.refine_passes:
+            raise ValueError(
+                f"refine_passes is {config.refine_passes}, in which every process holds whole "
+                f"blocks, and by `maskprune plan` they do not fit {memory / 1e9:.0f} GB; give "
+                "--refine-passes 0, or --shard none to try"
+            )
     require_shardable()
     return True
 

@@ -42,7 +42,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "hidden-checkpointed": dict(
         alpha=0.04, gradient_checkpointing=True, warm_start="wanda-sp", steps=20
     ),
-    "ffn-only": dict(family="gpt2", sparsity=0.15, steps=20),
+    "ffn-only": dict(family="gpt2", sparsity=0.15, steps=20, refine_passes=1),
     "weights": dict(
         method="taylor", train="weights", lora_r=8, learning_rate=1e-3, steps=20, refine_passes=2
     ),
