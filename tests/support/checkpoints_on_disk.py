@@ -14,6 +14,11 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 WORDS = [f"w{i}" for i in range(60)]
+# Flags of a short run of `maskprune prune` on such a model.
+PRUNE = (
+    "--sparsity 0.3 --steps 24 --batch-size 2 --seq-len 16 --multiple_of 4 --warm-start-blocks 4 "
+    "--lora-r 2 --autocast none --learning-rate 3e-3 --save-steps 8"
+).split()
 
 
 def write_checkpoint(folder: Path, family: str = "llama", **changes: Any) -> Path:
