@@ -130,6 +130,7 @@ def memory_parts(config: PreTrainedConfig, load: Load, gpus: int) -> dict[str, i
         "buckets that DDP sends": 4 * trained if gpus > n else 0,
         "gathered blocks": gathered,
         **({"rest of the student": 4 * (P - of_blocks)} if cut else {}),
+        **({"their copies in bfloat16": c * trained} if cut and c < 4 else {}),
         "masks, gradient, moments": masks,
         "activations": kept,
         # Of the language model's loss or of the KL: logits, float32 log-softmax, gradient.

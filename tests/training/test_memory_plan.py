@@ -42,6 +42,24 @@ def saved_bytes(model, run):
     return sum(found.values())
 
 
+def bfloat16_copies(model):
+    """Bytes of bfloat16 that autograd keeps, of the shapes that trained matrices have."""
+    shapes = {p.shape for p in model.parameters() if p.requires_grad and p.dim() == 2}
+    found = {}
+
+    def pack(x):
+        if x.dtype == torch.bfloat16 and (x.shape in shapes or x.shape[::-1] in shapes):
+            found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    ids = torch.randint(3, model.config.vocab_size, (1, 7))
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
+    with torch.autocast("cpu", torch.bfloat16), hooks:
+        kept = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    assert kept.requires_grad
+    return sum(found.values())
+
+
 @pytest.mark.parametrize("two_four", [False, True])
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_planned_bytes_are_those_that_training_holds(two_four, checkpointed):
@@ -105,6 +123,14 @@ def test_trained_weights_are_planned_as_the_student_holds_them():
     held = 4 * sum(p.numel() for p in student.parameters())
     both = parts["weights in training"] + parts["rest of the student"]
     assert abs(both - held) <= 4 * SIZES["hidden_size"]
+    # Norms, which autocast leaves as they are, are counted among what it copies.
+    norms = sum(p.numel() for p in student.parameters() if p.requires_grad and p.dim() == 1)
+    copies = 2 * (trained - norms)
+    assert copies == bfloat16_copies(student)
+    assert copies <= parts["their copies in bfloat16"] <= copies + 2 * norms
+    assert "their copies in bfloat16" not in memory_parts(
+        model.config, Load(train="weights", sparsity=gone, computed=4), 1
+    )
     dense = memory_parts(model.config, Load(), 1)
     assert parts["weights"] == dense["weights"] and parts["activations"] < dense["activations"]
 
