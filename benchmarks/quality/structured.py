@@ -205,6 +205,7 @@ def one_run(args: Any, arm: str, seed: int, shape: Shape | None) -> tuple[dict[s
         "output_r": config.output_r,
         "compensate": config.compensate,
         "refine_passes": config.refine_passes,
+        "self_text": config.self_text,
         "lm_weight": config.lm_weight,
         "warm_start": config.warm_start if config.method == "maskprune" else None,
         "mask_optimizer": config.mask_adam if config.method == "maskprune" else None,

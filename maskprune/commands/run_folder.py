@@ -112,7 +112,7 @@ def claim_run_folder(out: Path, inputs: JsonObject, *, resume: bool, anew: bool 
 
 
 # What settings were in runs that began before they existed.
-BEFORE: JsonObject = {"lm_weight": 0.0, "train": "adapters", "refine_passes": 0}
+BEFORE: JsonObject = {"lm_weight": 0.0, "train": "adapters", "refine_passes": 0, "self_text": 0.0}
 # Settings that were numbers by default, and are None by default now.
 MEANT = {"learning_rate": ADAPTER_RATE}
 

@@ -89,6 +89,11 @@ class PruneConfig(RunConfig, BudgetConfig):
         "After the compensation, passes over its text in which each block in turn learns to give"
         " the dense block's output.",
     )
+    self_text: float = setting(
+        0.0,
+        "Share of the text that the dense model writes itself, before it is pruned; the rest is of"
+        " DATA.",
+    )
     lora_alpha: int = setting(8, "Scale of the adapters is lora_alpha / lora_r.")
     lora_targets: str = setting(
         "all-linear",
@@ -160,6 +165,16 @@ class PruneConfig(RunConfig, BudgetConfig):
             require_reach(self.reach)
         if self.lm_weight > 1:
             raise ValueError(f"lm_weight is {self.lm_weight}; expected a share from 0 to 1")
+        if not 0 <= self.self_text < 1:
+            raise ValueError(
+                f"self_text is {self.self_text}; expected a share of the text from 0 up to, but "
+                "not, 1"
+            )
+        if self.self_text and self.shard == "full":
+            raise ValueError(
+                f"self_text is {self.self_text}, which every process writes with the whole model, "
+                "and shard is full; give --shard none, or --self-text 0"
+            )
         if self.warmup > 1:
             raise ValueError(f"warmup is {self.warmup}; expected a share of the run up to 1")
         if self.refine_passes and not self.compensate:

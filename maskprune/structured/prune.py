@@ -56,6 +56,7 @@ from maskprune.training.distributed import on_first, rank
 from maskprune.training.documents import Source
 from maskprune.training.optimizer import require_optimizer
 from maskprune.training.progress import note, reporting
+from maskprune.training.self_text import amounts, load, mixed, save, write_blocks
 from maskprune.training.sharding import (
     device_of_run,
     shard_blocks,
@@ -207,9 +208,30 @@ def prune(
     quiet = quiet or rank() > 0
     budget = Budget.of(core, config)
     require_ranks(core.config, lora_r=config.lora_r, output_r=config.output_r)
+    if config.self_text and tokenizer is None:
+        raise ValueError(
+            f"self_text is {config.self_text}, and there is no tokenizer to say how texts begin; "
+            "give one"
+        )
     blocks = as_blocks(data, tokenizer, config, core)
-    steps = total_steps(config, len(blocks))
+    # How many of the blocks the compensation reads, and after it the refinement.
+    calibration = -(-(config.compensation_tokens or 32 * budget.shape.ffn) // blocks.shape[1])
+    first = max(config.warm_start_blocks, calibration if config.compensate else 0)
+    needed = None if config.steps is None else config.steps * config.batch_size + first
+    taken, n_written = amounts(len(blocks), needed, config.self_text)
+    steps = total_steps(config, taken + n_written if n_written else len(blocks))
     require_reachable(budget, steps, config)
+    written = None
+    if n_written:
+        assert tokenizer is not None
+        written = load(Path(run_dir)) if resume and run_dir is not None else None
+        if written is None:
+            what = "writing text of its own"
+            with reporting(what, n_written * config.seq_len, quiet, unit="token") as progress:
+                written = write_blocks(
+                    core, tokenizer, n_written, config.seq_len, seed=config.seed, progress=progress
+                )
+        blocks = mixed(blocks[:taken], written, config.seed)
     order = block_order(len(blocks), config.batch_size, steps, config.seed, seq_len=config.seq_len)
 
     set_seed(config.seed)
@@ -261,10 +283,9 @@ def prune(
         checkpoint = on_first(lambda: open_run(run, resume))
         if checkpoint is None and config.train == "adapters":
             require_checkpoint_space(run, trained(core))
+        if written is not None and checkpoint is None:
+            on_first(lambda: save(run, written))
         sample = blocks[: config.warm_start_blocks].to(device)
-
-        # How many of the blocks the compensation reads, and after it the refinement.
-        calibration = -(-(config.compensation_tokens or 32 * masks.shape.ffn) // blocks.shape[1])
 
         def computing() -> torch.autocast:
             return torch.autocast(device.type, torch.bfloat16, enabled=autocast)

@@ -60,6 +60,12 @@ def shards(config: PruneConfig | SparsifyConfig, model_config: PreTrainedConfig)
                 f"blocks, and by `maskprune plan` they do not fit {memory / 1e9:.0f} GB; give "
                 "--refine-passes 0, or --shard none to try"
             )
+        if isinstance(config, PruneConfig) and config.self_text:
+            raise ValueError(
+                f"self_text is {config.self_text}, which every process writes with the whole "
+                f"model, and by `maskprune plan` a run does not fit {memory / 1e9:.0f} GB; give "
+                "--self-text 0, or --shard none to try"
+            )
     require_shardable()
     return True
 

@@ -272,7 +272,11 @@ def test_a_run_from_before_a_setting_existed_keeps_what_it_did_then(place, capsy
     said(capsys)
     settings = place / "out.run" / "settings.json"
     older = json.loads(settings.read_text())
-    assert older.pop("lm_weight") == 0.3 and older.pop("refine_passes") == 0
+    assert (
+        older.pop("lm_weight") == 0.3
+        and older.pop("refine_passes") == 0
+        and older.pop("self_text") == 0
+    )
     settings.write_text(json.dumps(older))
     assert prune(place, "--resume", "--refine-passes", "2") == 2
     assert "refine_passes 0 -> 2" in said(capsys)
