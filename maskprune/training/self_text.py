@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from maskprune.files import replace_file
+from maskprune.hf.cached import forward_cached
 from maskprune.hf.families import require_causal_lm, text_config
 from maskprune.training.data import document_end, text_prefix
 from maskprune.training.distributed import own_share, sum_shares, world_size
@@ -88,10 +89,9 @@ def write_blocks(
             cache = None
             blocks[rows, : len(begin)] = ids.cpu()
             for position in range(len(begin), seq_len):
-                out = core(input_ids=ids, past_key_values=cache, use_cache=True)
-                cache = out.past_key_values
+                logits, cache = forward_cached(core, ids, cache)
                 drawn = draws[rows, position, None].to(device)
-                ids = _draw(out.logits[:, -1], drawn)
+                ids = _draw(logits[:, -1], drawn)
                 blocks[rows, position] = ids[:, 0].cpu()
                 if progress is not None:
                     progress(number * seq_len + position + 1, len(batches) * seq_len)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 import torch
 from transformers import PreTrainedModel
 
+from maskprune.hf.cached import forward_cached
+
 
 @torch.no_grad()
 def throughput(
@@ -62,13 +64,13 @@ def _one_round(model: PreTrainedModel, prompt_len: int, new_tokens: int) -> tupl
     prompt = prompt.to(device)
     wait()
     start = time.perf_counter()
-    out = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
-    token = out.logits[:, -1:].argmax(-1)
+    logits, cache = forward_cached(model, prompt, logits_to_keep=1)
+    token = logits[:, -1:].argmax(-1)
     wait()
     middle = time.perf_counter()
     for _ in range(new_tokens):
-        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
-        token = out.logits[:, -1:].argmax(-1)
+        logits, cache = forward_cached(model, token, cache)
+        token = logits[:, -1:].argmax(-1)
     wait()
     return middle - start, time.perf_counter() - middle
 

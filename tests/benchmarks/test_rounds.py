@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from models import tiny_model, tokens
 
 from benchmarks.quality.rounds import Student, remove
 from maskprune.structured.compensation import RIDGE
-from tests.support.models import tiny_model, tokens
 
 
 def problem(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

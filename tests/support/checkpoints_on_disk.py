@@ -21,20 +21,25 @@ PRUNE = (
 ).split()
 
 
-def write_checkpoint(folder: Path, family: str = "llama", **changes: Any) -> Path:
-    """Save a tiny random model with a word tokenizer that knows w0 .. w59."""
-    model = tiny_model(family, **changes)
-    model.save_pretrained(folder)
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A word tokenizer that knows w0 .. w59 and adds no BOS."""
     vocab = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
     core = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
     core.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
-    ).save_pretrained(folder)
+    )
+
+
+def write_checkpoint(folder: Path, family: str = "llama", **changes: Any) -> Path:
+    """Save a tiny random model with its tokenizer."""
+    model = tiny_model(family, **changes)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
     return folder
 
 

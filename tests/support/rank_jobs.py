@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from checkpoints_on_disk import tiny_tokenizer
 from models import VOCAB, tiny_model
 
 from maskprune.cli import main
@@ -44,7 +45,13 @@ WAYS: dict[str, dict[str, Any]] = {
     ),
     "ffn-only": dict(family="gpt2", sparsity=0.15, steps=20, refine_passes=1),
     "weights": dict(
-        method="taylor", train="weights", lora_r=8, learning_rate=1e-3, steps=20, refine_passes=2
+        method="taylor",
+        train="weights",
+        lora_r=8,
+        learning_rate=1e-3,
+        steps=20,
+        refine_passes=2,
+        self_text=0.3,
     ),
 }
 SHARDED = ("plain", "hidden", "hidden-checkpointed")
@@ -62,7 +69,7 @@ def prune_one(
 ) -> PruneResult:
     config = PruneConfig(**(PRUNE | changes))
     model = tiny_model(family, num_hidden_layers=2)
-    return prune(model, None, blocks(), config, run_dir=run, resume=resume)
+    return prune(model, tiny_tokenizer(), blocks(), config, run_dir=run, resume=resume)
 
 
 def trained(result: PruneResult) -> dict[str, torch.Tensor]:
