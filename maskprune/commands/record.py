@@ -79,12 +79,15 @@ class RunRecord:
 
     def card(self) -> str:
         """The text of README.md."""
+        data = Path(self.data).name if self.data and Path(self.data).exists() else self.data
+        if share := getattr(self.settings, "self_text", 0):
+            data = f"{data}; {share:.0%} of the text was written by the original model"
         known = {
             "base_model": self.model,
             "method": self.method,
             "steps": self.steps or None,
             "tokens": self.tokens or None,
-            "data": Path(self.data).name if self.data and Path(self.data).exists() else self.data,
+            "data": data,
             "seed": self.seed,
             "dense": self.dense,
             "pruned": self.pruned,

@@ -36,6 +36,17 @@ def test_prune_writes_a_stock_checkpoint_and_its_record(pruned):
     assert "library_name: transformers" in (pruned / "README.md").read_text()
 
 
+def test_text_that_the_model_writes_is_named_on_the_card_and_not_kept(place, tmp_path, capfd):
+    files = [str(place / "model"), "--data", str(place / "text.jsonl"), "-o", str(tmp_path / "x")]
+    assert main(["prune", *files, *PRUNE, "--self-text", "0.25"]) == 0
+    assert "writing text of its own" in capfd.readouterr().err
+    assert (
+        "25% of the text was written by the original model"
+        in (tmp_path / "x" / "README.md").read_text()
+    )
+    assert not list(tmp_path.rglob("self_text*"))
+
+
 def test_every_safetensors_file_at_the_top_of_a_result_is_the_models(pruned, place, tmp_path):
     again = tmp_path / "again"
     export = ["export", str(place / "model"), "--masks", str(pruned), "-o", str(again)]
