@@ -227,9 +227,10 @@ def prune(
         written = load(Path(run_dir)) if resume and run_dir is not None else None
         if written is None:
             what = "writing text of its own"
-            with reporting(what, n_written * config.seq_len, quiet, unit="token") as progress:
+            length = blocks.shape[1]
+            with reporting(what, n_written * length, quiet, unit="token") as progress:
                 written = write_blocks(
-                    core, tokenizer, n_written, config.seq_len, seed=config.seed, progress=progress
+                    core, tokenizer, n_written, length, seed=config.seed, progress=progress
                 )
         blocks = mixed(blocks[:taken], written, config.seed)
     order = block_order(len(blocks), config.batch_size, steps, config.seed, seq_len=config.seq_len)

@@ -24,8 +24,10 @@ from maskprune.training.layer_by_layer import free_bytes
 from maskprune.training.progress import Report
 
 FILE = "self_text.safetensors"
-# Sequences at once; fewer where their keys and values take more than this share of free memory.
+# Sequences at once; fewer where their keys and values would take more bytes than this, or more
+# than this share of a GPU's free memory.
 AT_ONCE = 64
+CACHE_BYTES = 8 * 2**30
 CACHE_SHARE = 0.25
 
 
@@ -44,7 +46,7 @@ def amounts(n_blocks: int, needed: int | None, share: float) -> tuple[int, int]:
 
 def mixed(text: torch.Tensor, written: torch.Tensor, seed: int) -> torch.Tensor:
     """Both in a random order, (n, seq_len)."""
-    blocks = torch.cat([text, written])
+    blocks = torch.cat([text, written.to(text.device)])
     return blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))]
 
 
@@ -117,8 +119,8 @@ def _at_once(core: PreTrainedModel, seq_len: int) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     of_token = 2 * config.num_hidden_layers * heads * size * next(core.parameters()).element_size()
-    fits = CACHE_SHARE * free_bytes(next(core.parameters()).device) / (of_token * seq_len)
-    return max(1, min(AT_ONCE, int(fits)))
+    most = min(CACHE_BYTES, CACHE_SHARE * free_bytes(next(core.parameters()).device))
+    return max(1, min(AT_ONCE, int(most / (of_token * seq_len))))
 
 
 def save(run: Path, written: torch.Tensor) -> None:

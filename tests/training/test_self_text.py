@@ -125,7 +125,20 @@ def test_a_run_reads_that_share_and_writes_it_once(tmp_path, monkeypatch):
         assert torch.equal(a, b)
 
 
-def test_a_run_of_epochs_counts_what_is_written(monkeypatch):
+def test_few_sequences_at_once_where_their_cache_is_large(monkeypatch):
+    model = tiny_model("llama")
+    assert self_text._at_once(model, 10) == self_text.AT_ONCE
+    # A token's keys and values: 2 layers of 2 heads of 8, in float32.
+    monkeypatch.setattr(self_text, "CACHE_BYTES", 3 * 10 * 2 * 2 * 2 * 8 * 4)
+    assert self_text._at_once(model, 10) == 3
+    assert self_text._at_once(model, 1000) == 1
+
+
+def test_blocks_of_another_length_than_the_setting_are_written_alike():
+    assert run(n=80, seq_len=32, self_text=0.25).steps == 24
+
+
+def test_a_run_of_epochs_counts_what_is_written():
     # 2 epochs of 40 blocks and the 40 beside them, in batches of 2.
     assert run(n=40, steps=None, epochs=2.0, self_text=0.5).steps == 80
 
