@@ -1,8 +1,8 @@
 """Text that the dense model writes itself, to be trained on beside the user's.
 
-What a pruned model is taught on is what it stays like the dense one on. Text of one kind teaches
-that kind; what the dense model draws from its own distribution is of every kind that it was trained
-on (data-free distillation as in LLM-QAT, Liu et al., arXiv 2305.17888, section 3.1).
+Text of one kind teaches that kind; what the dense model draws from its own distribution may be of
+every kind that it was trained on (data-free distillation as in LLM-QAT, Liu et al.,
+arXiv 2305.17888, section 3.1).
 """
 
 from __future__ import annotations
