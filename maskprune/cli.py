@@ -197,13 +197,15 @@ def sparsify(argv: Sequence[str]) -> int:
 def export(argv: Sequence[str]) -> int:
     """`maskprune export`."""
     (settings,) = parse("export", [ExportConfig], argv, "Fold masks into a checkpoint on disk.")
-    from maskprune.streaming.export import export_checkpoint
+    from maskprune.streaming.export import export_checkpoint, left_out
 
     options = dataclasses.asdict(settings)
     done = export_checkpoint(
         options.pop("model"), options.pop("masks"), options.pop("output"), **options
     )
     print(done)
+    if settings.adapter is None and (note := left_out(settings.masks)):
+        print(f"note: {note}", file=sys.stderr)
     return 0
 
 

@@ -44,7 +44,8 @@ def check(
         folder: the checkpoint.
         against: the original model: folder, hub id or `smollm2-135m`.
         masks_file: masks of the run, structured or 2:4, or a folder with them; None takes those in
-            `folder`, if any. An adapter in `folder` is always put on the original.
+            `folder`, if any. An adapter in `folder` is always put on the original; one in the
+            folder of masks where the checkpoint differs without it.
         targets: engines to lint the shape for, see `plan.lint`.
 
     Raises:
@@ -240,29 +241,46 @@ def _check_equal(
     from maskprune.two_four.patterns import apply_masks, is_masks_file
     from maskprune.two_four.patterns import load_masks as load_two_four
 
-    origin: nn.Module
-    origin, _ = load_model(against, dtype=str(model.dtype).removeprefix("torch."))
-    if (adapter := own_file(folder, "adapter")).is_dir():
-        from peft import PeftModel
+    def masked(adapter: Path | None) -> nn.Module:
+        origin: nn.Module
+        origin, _ = load_model(against, dtype=str(model.dtype).removeprefix("torch."))
+        if adapter is not None:
+            from peft import PeftModel
 
-        try:
-            with quiet_transformers():
-                origin = PeftModel.from_pretrained(origin, adapter)
-        except RuntimeError:
-            raise ValueError(
-                f"the adapter in {adapter} does not fit --against {against}; give the model that "
-                "the run began with"
-            ) from None
-    if masks_file is not None and is_masks_file(masks_file):
-        apply_masks(origin, load_two_four(masks_file)[0])
-    elif masks_file is not None:
-        attach_masks(origin, masks=load_masks(masks_file), fused=False)
+            try:
+                with quiet_transformers():
+                    origin = PeftModel.from_pretrained(origin, adapter)
+            except RuntimeError:
+                raise ValueError(
+                    f"the adapter in {adapter} does not fit --against {against}; give the model "
+                    "that the run began with"
+                ) from None
+        if masks_file is not None and is_masks_file(masks_file):
+            apply_masks(origin, load_two_four(masks_file)[0])
+        elif masks_file is not None:
+            attach_masks(origin, masks=load_masks(masks_file), fused=False)
+        return origin
+
+    def adapter_of(result: str | Path) -> Path | None:
+        adapter = own_file(Path(result), "adapter")
+        return adapter if adapter.is_dir() else None
+
     length = min(128, getattr(text_config(model.config), "max_position_embeddings", None) or 128)
     ids = torch.randint(
         0, len(tokenizer), (2, length), generator=torch.Generator().manual_seed(0)
     ).to(model.device)
-    difference = compare_logits(origin, model, ids)
     limit = TOLERANCE[model.dtype]
+    own = adapter_of(folder)
+    difference = compare_logits(masked(own), model, ids)
+    of_run = None
+    if own is None and masks_file is not None and (adapter := adapter_of(masks_file)):
+        # What `export --masks RUN` wrote, with `--adapter RUN` or without.
+        if difference.relative > limit:
+            of_run, difference = adapter, compare_logits(masked(adapter), model, ids)
+        else:
+            findings.notes.append(
+                f"what the run trained, in {adapter}, is not in it; export --adapter merges it"
+            )
     text = (
         f"largest logit difference {difference.largest:.2e}, relative {difference.relative:.2e}, "
         f"top-1 agreement {difference.top1_agreement:.4f}"
@@ -270,7 +288,8 @@ def _check_equal(
     if masks_file is None:
         origin_name, hint = f"{against}, without masks", " (give those of the run with --masks)"
     else:
-        origin_name, hint = f"the masked model, masks of {masks_file}", ""
+        trained = f" and adapter of {of_run}" if of_run else ""
+        origin_name, hint = f"the masked model, masks of {masks_file}{trained}", ""
     findings.say(
         difference.relative <= limit,
         f"equals {origin_name}: {text}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import pytest
 from checkpoints_on_disk import PRUNE, write_checkpoint
 
 from maskprune.cli import main
@@ -140,3 +141,18 @@ def test_check_against_a_model_of_another_size_says_so(pruned, capsys):
     assert main(["check", str(pruned), "--against", str(pruned)]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert "does not fit" in said and len(said) < 300
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_an_export_of_a_run_is_proven_with_its_adapter_or_without(
+    place, pruned, tmp_path, capsys, merged
+):
+    out = tmp_path / "exported"
+    files = [str(place / "model"), "--masks", str(pruned), "-o", str(out)]
+    assert main(["export", *files, *(["--adapter", str(pruned)] if merged else [])]) == 0
+    assert (f"to merge it: --adapter {pruned}" in capsys.readouterr().err) is not merged
+    against = ["--against", str(place / "model"), "--masks", str(pruned)]
+    assert main(["check", str(out), *against]) == 0
+    said = capsys.readouterr().out
+    assert (f"and adapter of {pruned / 'maskprune' / 'adapter'}" in said) is merged
+    assert ("is not in it; export --adapter merges it" in said) is not merged
