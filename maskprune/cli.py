@@ -197,7 +197,8 @@ def sparsify(argv: Sequence[str]) -> int:
 def export(argv: Sequence[str]) -> int:
     """`maskprune export`."""
     (settings,) = parse("export", [ExportConfig], argv, "Fold masks into a checkpoint on disk.")
-    from maskprune.streaming.export import export_checkpoint, left_out
+    from maskprune.commands.record import left_out
+    from maskprune.streaming.export import export_checkpoint
 
     options = dataclasses.asdict(settings)
     done = export_checkpoint(

@@ -62,6 +62,16 @@ def own_file(result: Path, name: str) -> Path:
     return top if top.exists() and not inside.exists() else inside
 
 
+def adapter_beside(masks: Path) -> Path | None:
+    """The adapter that a run kept; None where it kept none.
+
+    Args:
+        masks: the run's folder, or the masks file in it.
+    """
+    adapter = own_file(masks if masks.is_dir() else masks.parent, "adapter")
+    return adapter if adapter.is_dir() else None
+
+
 def output_folder(name: str | Path) -> Path:
     """The absolute path that an output folder is written to; a link to a folder is followed.
 

@@ -150,13 +150,13 @@ def run_folder(
     return Path(args.runs, f"{arm}-{config.seed}-{key:08x}")
 
 
-def commit_of(run: Path) -> str:
+def commit_of(run: Path, resumed: bool) -> str:
     """The commit that a run under --runs began at, kept in its folder."""
-    file, now = run / "commit.txt", str(machine("cpu")["commit"])
-    if not file.is_file():
+    file = run / "commit.txt"
+    if not resumed:
         run.mkdir(parents=True, exist_ok=True)
-        file.write_text(now)
-    return file.read_text()
+        file.write_text(str(machine("cpu")["commit"]))
+    return file.read_text() if file.is_file() else "unknown"
 
 
 def one_run(args: Any, arm: str, seed: int, shape: Shape | None) -> tuple[dict[str, Any], Shape]:
@@ -170,7 +170,7 @@ def one_run(args: Any, arm: str, seed: int, shape: Shape | None) -> tuple[dict[s
     shuffled = [ShuffleMaskGradients(seed)] if arm.endswith("-shuffled") else []
     run = run_folder(args, arm, config, model, blocks)
     resumed = run is not None and newest(run) is not None
-    began = {} if run is None else {"commit": commit_of(run)}
+    began = {} if run is None else {"commit": commit_of(run, resumed)}
     result = prune(
         model,
         tokenizer,

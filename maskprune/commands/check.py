@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from maskprune.files import OWN_FOLDER, JsonObject, own_file
+from maskprune.files import OWN_FOLDER, JsonObject, adapter_beside, own_file
 from maskprune.hf.checkpoint_files import stock_config
 
 if TYPE_CHECKING:
@@ -99,8 +99,13 @@ def check(
         if proof := _trained_after_cut(folder):
             findings.notes.append(f"logits not compared with {against}: {proof}")
             _check_frozen(model, against, findings)
+        elif (masks_file := masks_file or _own_masks(folder)) and _updated(masks_file):
+            findings.notes.append(
+                f"logits not compared with {against}: SparseGPT adjusted the weights that stay, "
+                "which the masks do not hold"
+            )
+            _check_zeros(model, masks_file, findings)
         else:
-            masks_file = masks_file or _own_masks(folder)
             _check_equal(model, tokenizer, against, masks_file, folder, findings)
     elif masks_file is not None:
         raise ValueError("--masks needs --against MODEL, the model that the masks belong to")
@@ -143,10 +148,9 @@ def _is_two_four(model: PreTrainedModel) -> bool:
 
 def _trained_after_cut(folder: Path) -> str | None:
     """What a result whose weights were trained after the cut says of the cut; None for others."""
-    from maskprune.commands.record import RECORD_FILE
+    from maskprune.commands.report import read_info
 
-    path = own_file(folder, RECORD_FILE)
-    record = json.loads(path.read_text()) if path.is_file() else {}
+    record = read_info(folder)
     if (record.get("settings") or {}).get("train") != "weights":
         return None
     largest = record["logits_masked_against_exported"]["largest"]
@@ -162,12 +166,14 @@ def _check_frozen(model: PreTrainedModel, against: str, findings: Findings) -> N
 
     def frozen(model: PreTrainedModel) -> list[Any]:
         modules: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
-        biases = [m.bias for m in modules if getattr(m, "bias", None) is not None]
-        return [module.weight for module in modules] + biases
+        return [t for m in modules for t in (m.weight, getattr(m, "bias", None))]
+
+    def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+        return a is b if a is None or b is None else torch.equal(a, b)
 
     origin, _ = load_model(against, dtype=str(model.dtype).removeprefix("torch."))
     findings.say(
-        all(map(torch.equal, frozen(model), frozen(origin))),
+        all(map(same, frozen(model), frozen(origin))),
         f"token embeddings and output head are those of {against}, bit for bit",
         f"token embeddings or output head are not those of {against}; give the model that the run "
         "began with",
@@ -180,6 +186,28 @@ def _own_masks(folder: Path) -> Path | None:
 
     places = (own_file(folder, name) for name in (MASKS_FILE, TWO_FOUR_FILE))
     return next((path for path in places if path.is_file()), None)
+
+
+def _updated(masks_file: str | Path) -> bool:
+    """Whether these are 2:4 masks of a run that adjusted the weights that stay."""
+    from maskprune.two_four.patterns import is_masks_file, load_masks
+
+    return is_masks_file(masks_file) and "weights" in load_masks(masks_file)[1]
+
+
+def _check_zeros(model: PreTrainedModel, masks_file: str | Path, findings: Findings) -> None:
+    """Whether the weights that 2:4 masks leave out are 0."""
+    from maskprune.two_four.patterns import load_masks, oriented, prunable
+
+    masks, linears = load_masks(masks_file)[0], prunable(model)
+    fits = {name: tuple(m.shape) for name, m in masks.items()} == {
+        name: tuple(oriented(module).shape) for name, module in linears.items()
+    }
+    findings.say(
+        fits and not any(oriented(linears[n])[~m].any() for n, m in masks.items()),
+        f"every weight that the masks of {masks_file} leave out is 0",
+        f"weights that the masks of {masks_file} leave out are not 0",
+    )
 
 
 def _check_tensors(folder: Path, model: PreTrainedModel, findings: Findings) -> None:
@@ -261,19 +289,15 @@ def _check_equal(
             attach_masks(origin, masks=load_masks(masks_file), fused=False)
         return origin
 
-    def adapter_of(result: str | Path) -> Path | None:
-        adapter = own_file(Path(result), "adapter")
-        return adapter if adapter.is_dir() else None
-
     length = min(128, getattr(text_config(model.config), "max_position_embeddings", None) or 128)
     ids = torch.randint(
         0, len(tokenizer), (2, length), generator=torch.Generator().manual_seed(0)
     ).to(model.device)
     limit = TOLERANCE[model.dtype]
-    own = adapter_of(folder)
+    own = adapter_beside(folder)
     difference = compare_logits(masked(own), model, ids)
     of_run = None
-    if own is None and masks_file is not None and (adapter := adapter_of(masks_file)):
+    if own is None and masks_file is not None and (adapter := adapter_beside(Path(masks_file))):
         # What `export --masks RUN` wrote, with `--adapter RUN` or without.
         if difference.relative > limit:
             of_run, difference = adapter, compare_logits(masked(adapter), model, ids)

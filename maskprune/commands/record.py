@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from maskprune.commands.report import read_info
 from maskprune.config import PruneConfig, SparsifyConfig
-from maskprune.files import OWN_FOLDER, JsonObject, replace_file, write_json
+from maskprune.files import OWN_FOLDER, JsonObject, adapter_beside, replace_file, write_json
 from maskprune.hf.checkpoint_files import save_stock
 from maskprune.hf.demo_model import BASE, LICENSE, MODEL_NAME
 from maskprune.hf.equality import Difference, compare_logits
@@ -106,6 +107,23 @@ class RunRecord:
         (folder / OWN_FOLDER).mkdir(exist_ok=True)
         write_json(folder / OWN_FOLDER / RECORD_FILE, self.content())
         replace_file(folder / "README.md", self.card())
+
+
+def left_out(masks: str | Path) -> str | None:
+    """What an export of a run's masks alone lacks of the run; None where nothing is known.
+
+    Args:
+        masks: the run's folder, or the masks file in it.
+    """
+    if adapter := adapter_beside(Path(masks)):
+        return (
+            f"what the run trained is in its adapter, {adapter}, and was left out; to merge it: "
+            f"--adapter {masks if Path(masks).is_dir() else adapter}"
+        )
+    info = read_info(Path(masks)) if Path(masks).is_dir() else {}
+    if (info.get("settings") or {}).get("train") == "weights":
+        return f"the run trained its weights, which are not in its masks: {masks} is the result"
+    return None
 
 
 def sizes(cost: Cost) -> JsonObject:

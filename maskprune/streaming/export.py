@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from maskprune.files import locked, new_folder, output_folder, own_file, require_new_folder
+from maskprune.files import locked, new_folder, output_folder, require_new_folder
 from maskprune.hf.checkpoint_files import save_stock, write_stock_files
 from maskprune.hf.load import gguf_file, load_model, resolve_model
 from maskprune.hf.model_card import model_card
@@ -115,16 +115,6 @@ def export_checkpoint(
         raise _explained(error, out) from error
     return Exported(
         Path(out_dir), shape, plan.config, plan.bytes_read, plan.bytes_written, plan.dropped
-    )
-
-
-def left_out(masks_file: str | Path) -> str | None:
-    """What an export of these masks alone leaves out of a run: its adapter; None where nothing."""
-    if not own_file(Path(masks_file), "adapter").is_dir():
-        return None
-    return (
-        f"what the run in {masks_file} trained is in its adapter and was left out; to merge it: "
-        f"--adapter {masks_file}"
     )
 
 

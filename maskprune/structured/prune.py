@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -216,24 +217,17 @@ def prune(
     blocks = as_blocks(data, tokenizer, config, core)
     # How many of the blocks the compensation reads, and after it the refinement.
     calibration = -(-(config.compensation_tokens or 32 * budget.shape.ffn) // blocks.shape[1])
-    first = max(config.warm_start_blocks, calibration if config.compensate else 0)
-    needed = None if config.steps is None else config.steps * config.batch_size + first
-    taken, n_written = amounts(len(blocks), needed, config.self_text)
-    steps = total_steps(config, taken + n_written if n_written else len(blocks))
+    n_written = spared = 0
+    if config.self_text:
+        first = max(config.warm_start_blocks, calibration if config.compensate else 0)
+        taken, n_written, spared = amounts(len(blocks), first, config)
+        blocks = blocks[:taken]
+    n_blocks = len(blocks) + n_written
+    steps = total_steps(config, n_blocks)
     require_reachable(budget, steps, config)
-    written = None
-    if n_written:
-        assert tokenizer is not None
-        written = load(Path(run_dir)) if resume and run_dir is not None else None
-        if written is None:
-            what = "writing text of its own"
-            length = blocks.shape[1]
-            with reporting(what, n_written * length, quiet, unit="token") as progress:
-                written = write_blocks(
-                    core, tokenizer, n_written, length, seed=config.seed, progress=progress
-                )
-        blocks = mixed(blocks[:taken], written, config.seed)
-    order = block_order(len(blocks), config.batch_size, steps, config.seed, seq_len=config.seq_len)
+    order = spared + block_order(
+        n_blocks - spared, config.batch_size, steps, config.seed, seq_len=config.seq_len
+    )
 
     set_seed(config.seed)
     device = device_of_run(core, sharded)
@@ -284,8 +278,22 @@ def prune(
         checkpoint = on_first(lambda: open_run(run, resume))
         if checkpoint is None and config.train == "adapters":
             require_checkpoint_space(run, trained(core))
-        if written is not None and checkpoint is None:
-            on_first(lambda: save(run, written))
+        if n_written:
+            assert tokenizer is not None
+            shape = (n_written, blocks.shape[1])
+            written = load(run, shape) if checkpoint is not None else None
+            if written is None:
+                what = "writing text of its own"
+                with (
+                    teacher_mode(peft_model, masks),
+                    reporting(what, n_written * shape[1], quiet, unit="position") as progress,
+                ):
+                    written = write_blocks(
+                        core, tokenizer, *shape, seed=config.seed, progress=progress
+                    )
+                if rank() == 0:
+                    save(run, written)
+            blocks = mixed(blocks, written, config.seed)
         sample = blocks[: config.warm_start_blocks].to(device)
 
         def computing() -> torch.autocast:
@@ -324,10 +332,11 @@ def prune(
                     seed=config.seed,
                     progress=progress,
                 )
-            first, last = (sum(each) / len(losses) for each in zip(*losses, strict=True))
+            # A block that adds next to nothing is far from it in these units.
+            first, last = (median(each) for each in zip(*losses, strict=True))
             note(
                 f"blocks' distance from the dense ones {first:.4f} in the first pass, {last:.4f} "
-                "at the end (1 is a block that does nothing)",
+                "at the end (the median; 1 is as much as the dense block adds)",
                 quiet,
             )
 

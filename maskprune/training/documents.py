@@ -47,7 +47,7 @@ def documents(
     keep_blank: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Iterator[str]:
-    """The texts of a source in its own order.
+    """The texts of a source in its own order; a lone surrogate in one becomes U+FFFD.
 
     Args:
         source: a .txt file (one document); a .jsonl file, a .json file (of lines, or one array),
@@ -67,7 +67,7 @@ def documents(
         return _text_of(row, where, tokenizer)
 
     any_text = False
-    for text in _raw_documents(source, split, read):
+    for text in map(_whole_characters, _raw_documents(source, split, read)):
         if text.strip():
             any_text = True
         elif not keep_blank:
@@ -75,6 +75,15 @@ def documents(
         yield text
     if not any_text:
         raise ValueError(f"data {name_of(source)} is empty; expected documents with text in them")
+
+
+def _whole_characters(text: str) -> str:
+    """Halves of characters, which JSON's escapes can hold and no tokenizer takes, replaced."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _text_of(row: object, where: str, tokenizer: PreTrainedTokenizerBase | None) -> str:

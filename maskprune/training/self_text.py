@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from maskprune.config import PruneConfig
 from maskprune.files import replace_file
 from maskprune.hf.cached import forward_cached
 from maskprune.hf.families import require_causal_lm, text_config
@@ -31,17 +32,35 @@ CACHE_BYTES = 8 * 2**30
 CACHE_SHARE = 0.25
 
 
-def amounts(n_blocks: int, needed: int | None, share: float) -> tuple[int, int]:
-    """How many blocks of the user's text to take, and how many the model writes.
+def amounts(n_blocks: int, first: int, config: PruneConfig) -> tuple[int, int, int]:
+    """How many blocks of the user's text to take, how many the model writes, how many to spare.
+
+    Of a run of `config.steps`, that share of what it reads is written; where the user's text is
+    too little for the rest, or is read in epochs, all of it is taken and the written blocks come
+    beside it.
 
     Args:
         n_blocks: blocks of the user's text.
-        needed: what the run reads, written blocks included; None: all of the text.
-        share: of written blocks, at least 0 and below 1.
+        first: how many of the mixed blocks ranking and compensation read.
+
+    Returns:
+        Both numbers, and `first` where there are enough other blocks for the steps, so that each
+        block is read once; else 0.
+
+    Raises:
+        ValueError: the share is less than one block.
     """
-    most = n_blocks if needed is None else math.ceil(needed * (1 - share))
-    taken = min(n_blocks, most)
-    return taken, round(taken * share / (1 - share))
+    share, steps = config.self_text, config.steps
+    needed = None if steps is None else steps * config.batch_size + first
+    taken = n_blocks if needed is None else min(n_blocks, math.ceil(needed * (1 - share)))
+    written = round(taken * share / (1 - share))
+    if not written:
+        raise ValueError(
+            f"self_text is {share}, less than one of the {taken} blocks that the run reads; give a "
+            "larger share, or 0"
+        )
+    enough = steps is not None and taken + written - first >= steps * config.batch_size
+    return taken, written, first if enough else 0
 
 
 def mixed(text: torch.Tensor, written: torch.Tensor, seed: int) -> torch.Tensor:
@@ -68,8 +87,8 @@ def write_blocks(
 
     Args:
         model: a transformers causal LM, whole on one device.
-        progress: called after each token of a batch with (tokens done, tokens in all), counted in
-            tokens of one sequence.
+        progress: called with (positions done, positions in all), of all batches of this rank, each
+            after a token for every sequence of a batch.
 
     Returns:
         (n, seq_len) int64 on the CPU.
@@ -130,8 +149,20 @@ def save(run: Path, written: torch.Tensor) -> None:
     replace_file(run / FILE, to_bytes({"blocks": written.contiguous()}))
 
 
-def load(run: Path) -> torch.Tensor | None:
-    """What `save` kept; None where there is none."""
+def load(run: Path, shape: tuple[int, int]) -> torch.Tensor | None:
+    """What `save` kept, or None.
+
+    Raises:
+        ValueError: it is not (blocks, tokens) of this shape, so of another run.
+    """
     from safetensors.torch import load_file
 
-    return load_file(run / FILE)["blocks"] if (run / FILE).is_file() else None
+    if not (run / FILE).is_file():
+        return None
+    blocks = load_file(run / FILE)["blocks"]
+    if tuple(blocks.shape) != shape:
+        raise ValueError(
+            f"{run / FILE} holds {list(blocks.shape)} tokens, and this run writes {list(shape)}; "
+            "resume with the settings and the text that the run began with"
+        )
+    return blocks

@@ -84,6 +84,18 @@ def test_a_killed_run_goes_on_to_the_bit_and_a_finished_one_is_only_measured(
         assert all(torch.equal(tensors[n], w) for n, w in weights.items())
 
 
+def test_a_run_begun_anew_has_the_commit_that_it_began_anew_at(tmp_path, one_run, monkeypatch):
+    monkeypatch.setattr(structured, "machine", lambda device: {"commit": "first"})
+    with pytest.raises(KeyboardInterrupt):
+        one_run(tmp_path, killed_at=5)
+    monkeypatch.setattr(structured, "machine", lambda device: {"commit": "later"})
+    row, _, steps = one_run(tmp_path)
+    assert steps == 60 and row["commit"] == "later"
+    (run,) = tmp_path.iterdir()
+    (run / "commit.txt").unlink()
+    assert one_run(tmp_path)[0]["commit"] == "unknown"
+
+
 def test_other_settings_another_model_or_text_take_another_folder(tmp_path, one_run, monkeypatch):
     one_run(tmp_path)
     for changed in ({"steps": 61}, {"lm_weight": 0.0}, {"arm": "random-split-compensated"}):

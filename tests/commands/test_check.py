@@ -65,6 +65,8 @@ def test_prune_trains_weights_and_check_says_what_the_cut_was_compared_at(place,
     said = capsys.readouterr().err
     assert "a run with --train weights keeps none" in said and "copy that" in said
     assert not (tmp_path / "again").exists()
+    assert main(["export", model, "--masks", str(out), "-o", str(tmp_path / "again")]) == 0
+    assert "the run trained its weights, which are not in its masks" in capsys.readouterr().err
 
 
 def test_check_finds_a_checkpoint_that_is_not_equal(pruned, place, tmp_path, capsys):
@@ -144,15 +146,38 @@ def test_check_against_a_model_of_another_size_says_so(pruned, capsys):
 
 
 @pytest.mark.parametrize("merged", [True, False])
+@pytest.mark.parametrize("given", ["", "maskprune/masks.safetensors"])
 def test_an_export_of_a_run_is_proven_with_its_adapter_or_without(
-    place, pruned, tmp_path, capsys, merged
+    place, pruned, tmp_path, capsys, merged, given
 ):
-    out = tmp_path / "exported"
-    files = [str(place / "model"), "--masks", str(pruned), "-o", str(out)]
+    out, masks = tmp_path / "exported", str(pruned / given)
+    files = [str(place / "model"), "--masks", masks, "-o", str(out)]
     assert main(["export", *files, *(["--adapter", str(pruned)] if merged else [])]) == 0
     assert (f"to merge it: --adapter {pruned}" in capsys.readouterr().err) is not merged
-    against = ["--against", str(place / "model"), "--masks", str(pruned)]
+    against = ["--against", str(place / "model"), "--masks", masks]
     assert main(["check", str(out), *against]) == 0
     said = capsys.readouterr().out
     assert (f"and adapter of {pruned / 'maskprune' / 'adapter'}" in said) is merged
     assert ("is not in it; export --adapter merges it" in said) is not merged
+
+
+def test_a_broken_record_is_named(place, pruned, tmp_path, capsys):
+    again = tmp_path / "again"
+    shutil.copytree(pruned, again)
+    (again / "maskprune" / "maskprune.json").write_text("{")
+    assert main(["check", str(again), "--against", str(place / "model")]) == 2
+    assert "maskprune.json is broken JSON" in capsys.readouterr().err
+
+
+def test_a_head_bias_that_one_model_alone_has_is_seen(monkeypatch):
+    from models import tiny_model
+
+    from maskprune.commands import check
+
+    model, origin = tiny_model("phi"), tiny_model("phi")
+    monkeypatch.setattr("maskprune.hf.load.load_model", lambda *_, **__: (origin, None))
+    for bias, good in ((origin.lm_head.bias, True), (None, False)):
+        origin.lm_head.bias = bias
+        findings = check.Findings()
+        check._check_frozen(model, "x", findings)
+        assert bool(findings.good) is good and bool(findings.bad) is not good

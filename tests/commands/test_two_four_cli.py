@@ -112,6 +112,26 @@ def test_one_shot_methods_write_the_same_kind_of_folder(method, place, tmp_path)
     assert not (tmp_path / "out" / "maskprune/trace.jsonl").exists()
 
 
+def test_check_looks_for_the_zeros_where_the_weights_that_stay_were_adjusted(
+    place, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    assert sparsify(place, out, "--method", "sparsegpt", "--update-weights") == 0
+    against = ["--against", str(place / "model")]
+    assert main(["check", str(out), *against]) == 0
+    said = capsys.readouterr().out
+    assert "SparseGPT adjusted the weights that stay" in said
+    assert f"every weight that the masks of {out}" in said
+    model = load(out)
+    name, module = next(iter(prunable(model).items()))
+    masks = load_masks(out)[0]
+    with torch.no_grad():
+        oriented(module)[~masks[name]] = 1.0
+    model.save_pretrained(out)
+    assert main(["check", str(out), *against]) == 1
+    assert "FAIL  weights that the masks of" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
 def test_a_model_too_large_for_the_device_goes_there_block_by_block(
     method, place, tmp_path, monkeypatch, capsys

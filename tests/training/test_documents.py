@@ -36,6 +36,12 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path):
     assert sorted(documents(tmp_path)) == sorted(texts * 9)
 
 
+def test_half_a_character_is_replaced_and_a_whole_one_is_not(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "bad \\ud83d emoji"}\n{"text": "good \\ud83d\\ude00 é"}\n')
+    assert list(documents(path)) == ["bad \ufffd emoji", "good \U0001f600 é"]
+
+
 CHAT = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
 
 

@@ -19,11 +19,15 @@ EOS = 2
 
 
 def test_amounts_by_hand():
-    assert amounts(1000, 300, 0.25) == (225, 75)
-    assert amounts(100, 300, 0.25) == (100, 33)  # All of a scarce text, and its share beside it.
-    assert amounts(100, None, 0.5) == (100, 100)
-    assert amounts(1000, 300, 0.0) == (300, 0)
-    assert amounts(10, 3, 0.01) == (3, 0)
+    def of(n, share, **given):
+        return amounts(n, 100, PruneConfig(self_text=share, batch_size=2, **given))
+
+    assert of(1000, 0.25, steps=100) == (225, 75, 100)
+    # All of a scarce text, and its share beside it; then what was fitted to is trained on too.
+    assert of(100, 0.25, steps=100) == (100, 33, 0)
+    assert of(100, 0.5, epochs=2.0) == (100, 100, 0)
+    with pytest.raises(ValueError, match="self_text is 0.001, less than one of the 300 blocks"):
+        of(1000, 0.001, steps=100)
 
 
 def test_mixing_keeps_every_block_once_and_moves_with_the_seed():
@@ -106,21 +110,24 @@ def test_a_run_reads_that_share_and_writes_it_once(tmp_path, monkeypatch):
 
     class Seen(pruning.Blocks):
         def __init__(self, blocks, order):
-            seen.append(blocks)
+            seen.append((blocks, order))
             super().__init__(blocks, order)
 
     monkeypatch.setattr(pruning, "Blocks", Seen)
     whole = run(tmp_path / "whole", save_steps=12, self_text=0.25)
     # 24 steps of 2 and 10 blocks of the compensation: 44 of the text and 15 beside them.
-    assert len(seen[0]) == 59
+    blocks, order = seen[0]
+    assert len(blocks) == 59
+    # Each is read once: the first 10 by the compensation, the others by training.
+    assert len(order.unique()) == order.numel() == 48 and order.min() >= 10
     written = write_blocks(tiny_model("llama"), tiny_tokenizer(), 15, 16, seed=0)
-    assert {tuple(b) for b in written.tolist()} < {tuple(b) for b in seen[0].tolist()}
+    assert {tuple(b) for b in written.tolist()} < {tuple(b) for b in blocks.tolist()}
 
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoint-24")
     monkeypatch.setattr(pruning, "write_blocks", None)
     again = run(tmp_path / "again", resume=True, save_steps=12, self_text=0.25)
-    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(blocks, seen[1][0]) and torch.equal(order, seen[1][1])
     for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -141,6 +148,39 @@ def test_blocks_of_another_length_than_the_setting_are_written_alike():
 def test_a_run_of_epochs_counts_what_is_written():
     # 2 epochs of 40 blocks and the 40 beside them, in batches of 2.
     assert run(n=40, steps=None, epochs=2.0, self_text=0.5).steps == 80
+
+
+def test_a_run_that_cannot_be_made_writes_nothing(monkeypatch):
+    monkeypatch.setattr(pruning, "write_blocks", None)
+    with pytest.raises(ValueError, match="nowhere"):
+        run(self_text=0.25, lora_targets="nowhere")
+
+
+@pytest.mark.parametrize("setting", ["self_text", "refine_passes"])
+def test_a_model_that_must_be_spread_is_refused_what_needs_it_whole(setting, monkeypatch):
+    from types import SimpleNamespace
+
+    from maskprune.training import sharding
+
+    monkeypatch.setattr(sharding, "world_size", lambda: 2)
+    monkeypatch.setattr(sharding, "on_first", lambda function: function())
+    monkeypatch.setattr(sharding, "does_not_fit", lambda *_: True)
+    monkeypatch.setattr(sharding.dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    of_device = SimpleNamespace(total_memory=80e9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: of_device)
+    config = tiny_model("llama").config
+    assert sharding.shards(PruneConfig(steps=20), config)
+    value = {"self_text": 0.2, "refine_passes": 1}[setting]
+    with pytest.raises(ValueError, match=f"{setting} is {value}.*80 GB.*--shard none to try"):
+        sharding.shards(PruneConfig(steps=20, **{setting: value}), config)
+
+
+def test_what_another_run_wrote_is_refused(tmp_path):
+    self_text.save(tmp_path, data(3))
+    assert torch.equal(self_text.load(tmp_path, (3, 16)), data(3))
+    with pytest.raises(ValueError, match=r"holds \[3, 16\].*this run writes \[4, 16\]"):
+        self_text.load(tmp_path, (4, 16))
 
 
 def test_what_cannot_be_written_is_refused():
