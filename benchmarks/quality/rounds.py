@@ -10,6 +10,7 @@ are and on text of its own, which `tokens_read` counts. A round chooses by Taylo
 random, or by `obs`, Optimal Brain Surgeon: one unit after the other, each time the one whose
 removal costs the least after the least squares of what stays, in the norm of the outputs'
 gradients. Every removal, however chosen, is followed by those least squares.
+Removed columns are kept at zero, not cut, so unlike in `prune` their gradients count in the clip.
 """
 
 from __future__ import annotations
